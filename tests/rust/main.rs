@@ -1,0 +1,2 @@
+//! One binary: links once.
+mod architecture;
