@@ -1,0 +1,446 @@
+"""Tensor operations with two implementations and one result.
+
+Contiguous float32, float16 and bfloat16 tensors on the CPU go without a copy to the Rust kernels of
+`retouch._core`; everything else (other devices, float64, other strides) runs the same operation in
+libtorch ops. This is the only module that chooses, and the only one that calls the tensor kernels.
+
+Index tensors hold ascending, unique flat positions: int32, or int64 for tensors of 2**31 elements or
+more. Values are widened on load, computed in float32 (float64 for float64 weights) and rounded once.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from retouch import _core, errors
+
+_KERNEL_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
+# The names of the safetensors format, so that a fingerprint is the same for a tensor and for its file.
+_DTYPE_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8",
+    torch.bool: "BOOL", torch.complex64: "C64",
+}  # fmt: skip
+_SIGNED_OF_WIDTH = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_forced = False
+
+
+@contextlib.contextmanager
+def force_torch() -> Iterator[None]:
+    """Runs every operation in libtorch ops, as on a device without Rust kernels (for tests)."""
+    global _forced
+    before, _forced = _forced, True
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def _native(*tensors: Tensor) -> bool:
+    """Whether the Rust kernels take these tensors."""
+    return not _forced and all(
+        type(t) in (Tensor, torch.nn.Parameter)
+        and t.device.type == "cpu"
+        and t.dtype in _KERNEL_DTYPES
+        and t.layout == torch.strided
+        and t.is_contiguous()
+        for t in tensors
+    )
+
+
+def index_dtype(numel: int) -> torch.dtype:
+    """The dtype of positions in a tensor of `numel` elements."""
+    return torch.int32 if numel < 2**31 else torch.int64
+
+
+def value_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that values of `dtype` are computed in: float64 for itself, float32 for the rest."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _tensor(positions: np.ndarray) -> Tensor:
+    return torch.from_numpy(positions)
+
+
+# --- selecting ---------------------------------------------------------------------------------
+
+
+def topk(
+    scores: Sequence[Tensor],
+    names: Sequence[str],
+    k: int,
+    *,
+    largest: bool = True,
+    absolute: bool = False,
+) -> list[Tensor]:
+    """Exactly the k best of all scores together; ties go to the lowest (tensor, flat position).
+
+    Args:
+        scores: Float tensors of any shapes; nothing is concatenated on the CPU.
+        names: A name for each, for errors.
+        k: How many to select in all, 0 <= k <= number of elements.
+        largest: The largest if True, else the smallest.
+        absolute: Compare magnitudes.
+
+    Returns:
+        For each score its selected flat positions, ascending, on the score's device.
+
+    Raises:
+        ScoreError: A score is NaN.
+        BudgetError: k is larger than the number of elements.
+    """
+    if _native(*scores) and len({s.dtype for s in scores}) <= 1:
+        found = _core.topk(
+            [s.detach() for s in scores], list(names), k, largest=largest, absolute=absolute
+        )
+        return [_tensor(p) for p in found]
+    keys = [_keys(s, n, largest, absolute) for s, n in zip(scores, names, strict=True)]
+    total = sum(x.numel() for x in keys)
+    _check_budget(k, total)
+    flat = torch.cat([x.to(keys[0].device) for x in keys]) if keys else torch.empty(0)
+    chosen = _chosen(flat.unsqueeze(0), k).squeeze(0)
+    out = []
+    for key, part in zip(keys, chosen.split([x.numel() for x in keys]), strict=True):
+        out.append(_positions(part, key))
+    return out
+
+
+def topk_rows(
+    scores: Tensor, name: str, k: int, *, largest: bool = True, absolute: bool = False
+) -> Tensor:
+    """Exactly the k best of each row (last dimension): ascending flat positions."""
+    if _native(scores):
+        return _tensor(
+            _core.topk_rows(scores.detach(), name, k, largest=largest, absolute=absolute)
+        )
+    row = scores.shape[-1] if scores.dim() else 1
+    keys = _keys(scores, name, largest, absolute)
+    _check_budget(k, row)
+    return _positions(_chosen(keys.reshape(-1, row), k).flatten(), keys)
+
+
+def threshold(
+    scores: Sequence[Tensor],
+    names: Sequence[str],
+    value: float,
+    *,
+    largest: bool = True,
+    absolute: bool = False,
+) -> list[Tensor]:
+    """All scores >= value (largest) or <= value (smallest): ascending flat positions of each."""
+    if _native(*scores) and len({s.dtype for s in scores}) <= 1:
+        found = _core.threshold(
+            [s.detach() for s in scores], list(names), value, largest=largest, absolute=absolute
+        )
+        return [_tensor(p) for p in found]
+    bound = torch.tensor(value, dtype=torch.float32).item()
+    out = []
+    for score, name in zip(scores, names, strict=True):
+        keys = _keys(score, name, largest, absolute)
+        out.append(_positions(keys >= (bound if largest else -bound), keys))
+    return out
+
+
+def _check_budget(k: int, eligible: int) -> None:
+    if not 0 <= k <= eligible:
+        raise errors.BudgetError(f"cannot select {k} of {eligible} eligible coordinates")
+
+
+def _keys(score: Tensor, name: str, largest: bool, absolute: bool) -> Tensor:
+    """The score, flat, in an order in which larger is better and -0 equals 0."""
+    flat = score.detach().reshape(-1)
+    bad = torch.isnan(flat).nonzero()
+    if bad.numel():
+        raise errors.ScoreError(
+            f"the score of {name} is NaN at flat position {int(bad[0])}; selection needs numbers"
+        )
+    flat = flat.to(value_dtype(flat.dtype))
+    flat = flat.abs() if absolute else flat + 0.0
+    return flat if largest else -flat
+
+
+def _chosen(keys: Tensor, k: int) -> Tensor:
+    """True at the k largest of each row; ties go to the lowest column."""
+    if k == 0:
+        return torch.zeros_like(keys, dtype=torch.bool)
+    bound = keys.topk(k, dim=1).values[:, -1:]
+    above, tie = keys > bound, keys == bound
+    need = k - above.sum(1, keepdim=True)
+    return above | (tie & (tie.cumsum(1) <= need))
+
+
+def _positions(chosen: Tensor, like: Tensor) -> Tensor:
+    where = chosen.nonzero().squeeze(1)
+    return where.to(device=like.device, dtype=index_dtype(like.numel()))
+
+
+def uniform(shape: Sequence[int], seed: int, name: str, device: torch.device | str) -> Tensor:
+    """Uniform float32 numbers in [0, 1); each depends on (seed, name, flat position) alone.
+
+    Made on the CPU (Philox4x32-10) and moved, so that a mask is the same on every device.
+    """
+    out = torch.empty(tuple(shape), dtype=torch.float32)
+    _core.uniform_(out, seed, name)
+    return out.to(device)
+
+
+# --- algebra of positions ------------------------------------------------------------------------
+
+
+def _pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    both = torch.promote_types(a.dtype, b.dtype)
+    return a.cpu().to(both).contiguous(), b.cpu().to(both).contiguous()
+
+
+def union(a: Tensor, b: Tensor) -> Tensor:
+    """Positions in either of two ascending indices."""
+    return _tensor(_core.union(*_pair(a, b)))
+
+
+def intersection(a: Tensor, b: Tensor) -> Tensor:
+    """Positions in both of two ascending indices."""
+    return _tensor(_core.intersection(*_pair(a, b)))
+
+
+def difference(a: Tensor, b: Tensor) -> Tensor:
+    """Positions in the first but not in the second of two ascending indices."""
+    return _tensor(_core.difference(*_pair(a, b)))
+
+
+def complement(a: Tensor, length: int) -> Tensor:
+    """Positions below `length` that are not in an ascending index."""
+    return _tensor(_core.complement(a.cpu().contiguous(), length))
+
+
+# --- moving values -------------------------------------------------------------------------------
+
+
+def gather(source: Tensor, index: Tensor, name: str) -> Tensor:
+    """`source.flatten()[index]` in the dtype it is computed in, float32 (float64 for float64)."""
+    out = torch.empty(index.shape, dtype=value_dtype(source.dtype), device=source.device)
+    if _native(source, out):
+        _core.gather_(out, source.detach(), index.cpu(), name)
+        return out
+    return out.copy_(source.detach().reshape(-1).index_select(0, index.to(source.device)))
+
+
+def gather_add_(out: Tensor, source: Tensor, index: Tensor, name: str) -> None:
+    """`out += source.flatten()[index]`, in the dtype of `out`."""
+    if _native(source, out) and out.dtype == torch.float32:
+        _core.gather_(out.detach(), source.detach(), index.cpu(), name, accumulate=True)
+        _written(out)
+        return
+    part = source.detach().reshape(-1).index_select(0, index.to(source.device))
+    out.detach().add_(part.to(out.dtype))
+
+
+def scatter_(target: Tensor, index: Tensor, values: Tensor, name: str) -> None:
+    """`target.flatten()[index] = values`, rounded once to the dtype of the target."""
+    if _native(target, values) and values.dtype == torch.float32:
+        _core.scatter_(target.detach(), index.cpu(), values.detach(), name)
+        _written(target)
+        return
+    put_(target, index, values.detach().to(target.dtype), name)
+
+
+def take(source: Tensor, index: Tensor, name: str) -> Tensor:
+    """`source.flatten()[index]`, bit for bit, in the dtype of the source."""
+    if _native(source):
+        out = torch.empty(index.shape, dtype=source.dtype)
+        _core.take_(out, source.detach(), index.cpu(), name)
+        return out
+    return source.detach().reshape(-1).index_select(0, index.to(source.device))
+
+
+def put_(target: Tensor, index: Tensor, values: Tensor, name: str) -> None:
+    """`target.flatten()[index] = values`, bit for bit; dtypes must be equal."""
+    if target.dtype != values.dtype:
+        raise errors.LayoutError(f"values of {name} are {values.dtype}, the weight {target.dtype}")
+    if _native(target, values):
+        _core.put_(target.detach(), index.cpu(), values.detach(), name)
+        _written(target)
+        return
+    where = index.to(device=target.device, dtype=torch.int64)
+    if where.numel() and (int(where.min()) < 0 or int(where.max()) >= target.numel()):
+        raise errors.MaskError(
+            f"index of {name} is not valid: a position is outside of its {target.numel()} elements"
+        )
+    plain, values = target.detach(), values.detach().to(target.device)
+    if plain.is_contiguous():
+        plain.view(-1).index_copy_(0, where, values)
+    else:
+        plain.index_put_(tuple(torch.unravel_index(where, plain.shape)), values)
+
+
+def _written(tensor: Tensor) -> None:
+    # Writing through a raw pointer is invisible to autograd, which must refuse stale saved tensors.
+    if not tensor.is_inference():
+        torch.autograd.graph.increment_version(tensor)
+
+
+def accumulate_(
+    score: Tensor, value: Tensor, name: str, *, map: str = "id", weight: float = 1.0
+) -> None:
+    """`score += weight * map(value)` with `map` one of "id", "abs", "square"; score is float32."""
+    if _native(score, value) and score.dtype == torch.float32 and score.shape == value.shape:
+        _core.accumulate_(score.detach(), value.detach(), name, map=map, weight=weight)
+        _written(score)
+        return
+    if score.shape != value.shape:
+        raise errors.ShapeError(
+            f"score of {name} has shape {tuple(score.shape)}, its gradient {tuple(value.shape)}"
+        )
+    wide = value.detach().to(score.dtype)
+    if map == "abs":
+        wide = wide.abs()
+    elif map == "square":
+        wide = wide.square()
+    elif map != "id":
+        raise errors.HyperparameterError(f"map must be one of id, abs, square, got {map}")
+    score.detach().add_(wide, alpha=weight)
+
+
+# --- optimizer steps -----------------------------------------------------------------------------
+
+
+def adamw_(
+    value: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    target: Tensor | None,
+    index: Tensor | None,
+    name: str,
+    *,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool = False,
+) -> None:
+    """One AdamW step of the compact `value`; `target.flatten()[index]` receives it, rounded once.
+
+    The arithmetic is that of `torch.optim.AdamW` (single tensor), in its order.
+    """
+    tensors = [value, grad, exp_avg, exp_avg_sq]
+    wide = all(t.dtype == torch.float32 for t in tensors)
+    if wide and _native(*tensors, *([] if target is None else [target])):
+        _core.adamw_(
+            value.detach(), grad.detach(), exp_avg, exp_avg_sq,
+            None if target is None else target.detach(),
+            None if index is None else index.cpu(), name,
+            step=step, lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay,
+            maximize=maximize,
+        )  # fmt: skip
+        for written in (value, exp_avg, exp_avg_sq, target):
+            if written is not None:
+                _written(written)
+        return
+    with torch.no_grad():
+        x, g = value.detach(), (-grad if maximize else grad).to(value.dtype)
+        x.mul_(1 - lr * weight_decay)
+        exp_avg.lerp_(g, 1 - beta1)
+        exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        denominator = (exp_avg_sq.sqrt() / math.sqrt(1 - beta2**step)).add_(eps)
+        x.addcdiv_(exp_avg, denominator, value=-(lr / (1 - beta1**step)))
+        if target is not None and index is not None:
+            scatter_(target, index, x, name)
+
+
+def sgd_(
+    value: Tensor,
+    grad: Tensor,
+    momentum_buffer: Tensor | None,
+    target: Tensor | None,
+    index: Tensor | None,
+    name: str,
+    *,
+    first: bool,
+    lr: float,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool = False,
+) -> None:
+    """One SGD step of the compact `value`; `target.flatten()[index]` receives it, rounded once.
+
+    The arithmetic is that of `torch.optim.SGD` (single tensor), in its order. `first` says that the
+    momentum buffer has no history: it becomes the gradient.
+    """
+    tensors = [value, grad, *([] if momentum_buffer is None else [momentum_buffer])]
+    wide = all(t.dtype == torch.float32 for t in tensors)
+    if wide and _native(*tensors, *([] if target is None else [target])):
+        _core.sgd_(
+            value.detach(), grad.detach(), momentum_buffer,
+            None if target is None else target.detach(),
+            None if index is None else index.cpu(), name,
+            first=first, lr=lr, momentum=momentum, dampening=dampening,
+            weight_decay=weight_decay, nesterov=nesterov, maximize=maximize,
+        )  # fmt: skip
+        for written in (value, momentum_buffer, target):
+            if written is not None:
+                _written(written)
+        return
+    with torch.no_grad():
+        x, g = value.detach(), (-grad if maximize else grad).to(value.dtype)
+        if weight_decay != 0:
+            g = g.add(x, alpha=weight_decay)
+        if momentum_buffer is not None:
+            if first:
+                momentum_buffer.copy_(g)
+            else:
+                momentum_buffer.mul_(momentum).add_(g, alpha=1 - dampening)
+            g = g.add(momentum_buffer, alpha=momentum) if nesterov else momentum_buffer
+        x.add_(g, alpha=-lr)
+        if target is not None and index is not None:
+            scatter_(target, index, x, name)
+
+
+# --- bits ------------------------------------------------------------------------------------------
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """The raw bytes of a tensor in row-major order, as uint8 on the CPU (a view where possible)."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8)
+
+
+def diff(base: Tensor, tuned: Tensor, name: str) -> Tensor:
+    """Flat positions whose bits differ, ascending; any dtype (NaN payloads and -0 count)."""
+    if base.shape != tuned.shape or base.dtype != tuned.dtype:
+        raise errors.ShapeError(
+            f"{name} is {base.dtype} of shape {tuple(base.shape)} in the base, "
+            f"but {tuned.dtype} of shape {tuple(tuned.shape)} in the other"
+        )
+    width = base.element_size()
+    if base.device.type == "cpu" and not _forced:
+        return _tensor(_core.diff(_bytes(base), _bytes(tuned), width, name))
+    bits = _SIGNED_OF_WIDTH[width]
+    one, other = (t.detach().contiguous().reshape(-1).view(bits) for t in (base, tuned))
+    where = (one != other).nonzero().squeeze(1)
+    return where.to(index_dtype(base.numel()))
+
+
+def fingerprint(tensor: Tensor, index: Tensor | None = None, values: Tensor | None = None) -> str:
+    """A 128-bit hash (hex) of dtype, shape and bytes, the same for a tensor and for its file.
+
+    With `index` and `values` (of the tensor's dtype) it is the hash that the tensor would have if
+    `tensor.flatten()[index]` were `values`; the tensor is not copied on the CPU.
+    """
+    name = _DTYPE_NAMES.get(tensor.dtype)
+    if name is None:
+        raise errors.LayoutError(f"no fingerprint for a tensor of {tensor.dtype}")
+    if (index is None) != (values is None):
+        raise errors.ShapeError("index and values must be given together")
+    patch = None if values is None else _bytes(values)
+    where = None if index is None else index.cpu().contiguous()
+    return _core.fingerprint(_bytes(tensor), name, list(tensor.shape), where, patch)

@@ -1,0 +1,203 @@
+//! Selecting: top-k, thresholds, random numbers, and the algebra of positions.
+use super::{array, threads};
+use crate::bridge::Tensor;
+use crate::error::{Error, Result};
+use crate::kernel::select::{self, Order};
+use crate::kernel::{rng, sets};
+use crate::num::Element;
+use crate::view::{Index, Positions, View};
+use crate::{with_elements, with_index};
+use half::{bf16, f16};
+use pyo3::prelude::*;
+
+pub(super) fn add(m: &Bound<'_, PyModule>) -> PyResult<()> {
+    m.add_function(wrap_pyfunction!(topk, m)?)?;
+    m.add_function(wrap_pyfunction!(topk_rows, m)?)?;
+    m.add_function(wrap_pyfunction!(threshold, m)?)?;
+    m.add_function(wrap_pyfunction!(uniform_, m)?)?;
+    m.add_function(wrap_pyfunction!(union, m)?)?;
+    m.add_function(wrap_pyfunction!(intersection, m)?)?;
+    m.add_function(wrap_pyfunction!(difference, m)?)?;
+    m.add_function(wrap_pyfunction!(complement, m)?)?;
+    Ok(())
+}
+
+fn order(largest: bool) -> Order {
+    if largest { Order::Largest } else { Order::Smallest }
+}
+
+/// A float type whose slices can be taken out of a view.
+trait Pick: Element {
+    fn pick<'a>(view: View<'a>) -> Option<&'a [Self]>;
+}
+macro_rules! pick {
+    ($t:ty, $variant:ident) => {
+        impl Pick for $t {
+            fn pick<'a>(view: View<'a>) -> Option<&'a [Self]> {
+                match view {
+                    View::$variant(x) => Some(x),
+                    _ => None,
+                }
+            }
+        }
+    };
+}
+pick!(f32, F32);
+pick!(f16, F16);
+pick!(bf16, BF16);
+
+/// The scores as slices of one type.
+fn parts<'a, T: Pick>(names: &'a [String], views: &[View<'a>]) -> Result<Vec<(&'a str, &'a [T])>> {
+    let one = |(name, view): (&'a String, &View<'a>)| match T::pick(*view) {
+        Some(x) => Ok((name.as_str(), x)),
+        None => Err(Error::Layout {
+            name: format!("the score of {name}"),
+            got: "another dtype".to_string(),
+            want: format!("{}, as the score of {}", T::NAME, names[0]),
+        }),
+    };
+    names.iter().zip(views).map(one).collect()
+}
+
+/// Calls `run` with the scores as slices of the type of the first one.
+macro_rules! with_parts {
+    ($names:expr, $scores:expr, $parts:ident => $body:expr) => {{
+        if $names.len() != $scores.len() {
+            let (got, want) = ($names.len(), $scores.len());
+            return Err(Error::Length { name: "names".to_string(), got, want }.into());
+        }
+        let views = $names.iter().zip(&$scores).map(|(n, s)| s.view(n)).collect::<Result<Vec<_>>>()?;
+        match views.first() {
+            None | Some(View::F32(_)) => {
+                let $parts = parts::<f32>(&$names, &views)?;
+                $body
+            }
+            Some(View::F16(_)) => {
+                let $parts = parts::<f16>(&$names, &views)?;
+                $body
+            }
+            Some(View::BF16(_)) => {
+                let $parts = parts::<bf16>(&$names, &views)?;
+                $body
+            }
+        }
+    }};
+}
+
+fn arrays(py: Python<'_>, all: Vec<Positions>) -> Vec<Py<PyAny>> {
+    all.into_iter().map(|p| array(py, p)).collect()
+}
+
+/// Exactly the k best of all scores together: ascending flat positions for each tensor.
+#[pyfunction]
+#[pyo3(signature = (scores, names, k, *, largest=true, absolute=false))]
+fn topk(
+    py: Python<'_>,
+    scores: Vec<Tensor>,
+    names: Vec<String>,
+    k: usize,
+    largest: bool,
+    absolute: bool,
+) -> PyResult<Vec<Py<PyAny>>> {
+    let threads = threads(py)?;
+    let all = with_parts!(names, scores, parts => py.allow_threads(|| {
+        select::topk(threads, &parts, k, order(largest), absolute)
+    }))?;
+    Ok(arrays(py, all))
+}
+
+/// Exactly the k best of each row (last dimension): ascending flat positions.
+#[pyfunction]
+#[pyo3(signature = (scores, name, k, *, largest=true, absolute=false))]
+fn topk_rows(
+    py: Python<'_>,
+    scores: Tensor,
+    name: String,
+    k: usize,
+    largest: bool,
+    absolute: bool,
+) -> PyResult<Py<PyAny>> {
+    let (threads, row, view) = (threads(py)?, scores.row(), scores.view(&name)?);
+    let positions = with_elements!(View, view, x => py.allow_threads(|| {
+        select::topk_rows(threads, &name, x, row, k, order(largest), absolute)
+    }))?;
+    Ok(array(py, positions))
+}
+
+/// All scores that reach a value: ascending flat positions for each tensor.
+#[pyfunction]
+#[pyo3(signature = (scores, names, value, *, largest=true, absolute=false))]
+fn threshold(
+    py: Python<'_>,
+    scores: Vec<Tensor>,
+    names: Vec<String>,
+    value: f32,
+    largest: bool,
+    absolute: bool,
+) -> PyResult<Vec<Py<PyAny>>> {
+    let threads = threads(py)?;
+    let all = with_parts!(names, scores, parts => py.allow_threads(|| {
+        select::threshold(threads, &parts, value, order(largest), absolute)
+    }))?;
+    Ok(arrays(py, all))
+}
+
+/// Uniform numbers in [0, 1) that depend on (seed, name, position) alone.
+#[pyfunction]
+fn uniform_(py: Python<'_>, mut out: Tensor, seed: u64, name: String) -> PyResult<()> {
+    let threads = threads(py)?;
+    let out = out.f32_mut(&name)?;
+    py.allow_threads(|| rng::uniform(threads, seed, rng::stream(&name), out));
+    Ok(())
+}
+
+fn mixed() -> Error {
+    Error::Layout {
+        name: "the second index".to_string(),
+        got: "another dtype".to_string(),
+        want: "of the dtype of the first".to_string(),
+    }
+}
+
+macro_rules! algebra {
+    ($(#[$doc:meta])* $name:ident) => {
+        $(#[$doc])*
+        #[pyfunction]
+        fn $name(py: Python<'_>, a: Tensor, b: Tensor) -> PyResult<Py<PyAny>> {
+            let positions = match (a.index("a")?, b.index("b")?) {
+                (Index::Small(a), Index::Small(b)) => {
+                    Positions::Small(py.allow_threads(|| sets::$name(a, b)))
+                }
+                (Index::Large(a), Index::Large(b)) => {
+                    Positions::Large(py.allow_threads(|| sets::$name(a, b)))
+                }
+                _ => return Err(mixed().into()),
+            };
+            Ok(array(py, positions))
+        }
+    };
+}
+algebra!(
+    /// Positions in either of two ascending indices.
+    union
+);
+algebra!(
+    /// Positions in both of two ascending indices.
+    intersection
+);
+algebra!(
+    /// Positions in the first but not in the second of two ascending indices.
+    difference
+);
+
+/// Positions below `length` that are not in an ascending index.
+#[pyfunction]
+fn complement(py: Python<'_>, a: Tensor, length: usize) -> PyResult<Py<PyAny>> {
+    let index = a.index("a")?;
+    with_index!(index, x => crate::view::check_index("a", x, length))?;
+    let positions = match index {
+        Index::Small(x) => Positions::Small(py.allow_threads(|| sets::complement(x, length))),
+        Index::Large(x) => Positions::Large(py.allow_threads(|| sets::complement(x, length))),
+    };
+    Ok(array(py, positions))
+}

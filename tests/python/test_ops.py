@@ -1,0 +1,343 @@
+"""Every operation twice: the Rust kernel and the libtorch ops must give the same result."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from retouch import errors, ops
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def both(run):
+    """The result of `run` on the Rust path and on the libtorch path."""
+    native = run()
+    with ops.force_torch():
+        plain = run()
+    return native, plain
+
+
+def scores(seed: int, sizes: list[int], dtype: torch.dtype, levels: int) -> list[torch.Tensor]:
+    gen = torch.Generator().manual_seed(seed)
+    # few levels make many ties; signed, with both zeros
+    parts = [torch.randint(-levels, levels + 1, (n,), generator=gen) / 4 for n in sizes]
+    return [torch.where(p == 0, torch.copysign(p, torch.randn(p.shape)), p).to(dtype) for p in parts]
+
+
+@given(
+    seed=st.integers(0, 999),
+    sizes=st.lists(st.integers(0, 70), min_size=1, max_size=4),
+    share=st.floats(0, 1),
+    dtype=st.sampled_from(DTYPES),
+    levels=st.sampled_from([1, 3, 1000]),
+    largest=st.booleans(),
+    absolute=st.booleans(),
+)
+def test_topk_is_exact_and_ties_go_to_the_lowest_position(
+    seed, sizes, share, dtype, levels, largest, absolute
+):
+    parts = scores(seed, sizes, dtype, levels)
+    names = [f"p{i}" for i in range(len(parts))]
+    k = int(share * sum(sizes))
+    native, plain = both(lambda: ops.topk(parts, names, k, largest=largest, absolute=absolute))
+    flat = torch.cat(parts).float()
+    flat = flat.abs() if absolute else flat
+    want = sorted(
+        range(flat.numel()), key=lambda i: (-flat[i].item() if largest else flat[i].item(), i)
+    )[:k]
+    offset, got = 0, []
+    for part, size in zip(native, sizes, strict=True):
+        assert part.tolist() == sorted(set(part.tolist()))
+        got += [offset + i for i in part.tolist()]
+        offset += size
+    assert got == sorted(want)
+    assert [p.tolist() for p in plain] == [p.tolist() for p in native]
+
+
+def test_topk_over_many_chunks_does_not_depend_on_threads():
+    parts = [torch.randn(300_000), torch.zeros(200_000), torch.randn(70_001)]
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        for k in (0, 1, 5_700, 300_000, 570_001):
+            results.append((k, [p.tolist() for p in ops.topk(parts, ["a", "b", "c"], k)]))
+    assert results[:5] == results[5:10] == results[10:]
+    assert all(sum(map(len, r)) == k for k, r in results)
+
+
+@given(
+    seed=st.integers(0, 99), rows=st.integers(1, 9), cols=st.integers(1, 33), largest=st.booleans()
+)
+def test_topk_rows(seed, rows, cols, largest):
+    x = scores(seed, [rows * cols], torch.float32, 3)[0].view(rows, cols)
+    k = min(3, cols)
+    native, plain = both(lambda: ops.topk_rows(x, "x", k, largest=largest))
+    assert native.tolist() == plain.tolist()
+    for r in range(rows):
+        one = ops.topk([x[r].contiguous()], ["row"], k, largest=largest)[0]
+        mine = [i - r * cols for i in native.tolist() if r * cols <= i < (r + 1) * cols]
+        assert mine == one.tolist()
+
+
+@pytest.mark.parametrize("largest", [True, False])
+def test_threshold(largest):
+    x = torch.tensor([[0.5, -1.0], [2.0, 0.5]])
+    native, plain = both(lambda: ops.threshold([x], ["x"], 0.5, largest=largest))
+    assert native[0].tolist() == plain[0].tolist() == ([0, 2, 3] if largest else [0, 1, 3])
+
+
+@pytest.mark.parametrize("forced", [False, True])
+def test_nan_and_budget_are_refused_by_name(forced):
+    x = torch.zeros(100_000)
+    x[70_001] = math.nan
+
+    def run(scores, k):
+        if forced:
+            with ops.force_torch():
+                return ops.topk(scores, ["ok", "layer.weight"], k)
+        return ops.topk(scores, ["ok", "layer.weight"], k)
+
+    with pytest.raises(errors.ScoreError, match=r"layer\.weight is NaN at flat position 70001"):
+        run([torch.ones(3), x], 2)
+    with pytest.raises(errors.BudgetError, match="cannot select 7 of 6"):
+        run([torch.ones(3), torch.ones(3)], 7)
+
+
+@given(seed=st.integers(0, 99), n=st.integers(1, 90), dtype=st.sampled_from(DTYPES))
+def test_gather_and_scatter(seed, n, dtype):
+    gen = torch.Generator().manual_seed(seed)
+    source = torch.randn(n, generator=gen).to(dtype)
+    index = (torch.rand(n, generator=gen) < 0.4).nonzero().squeeze(1).to(torch.int32)
+    values = torch.randn(index.numel(), generator=gen)
+    got, plain = both(lambda: ops.gather(source, index, "w"))
+    assert got.dtype == torch.float32
+    assert torch.equal(got, source[index].float()) and torch.equal(got, plain)
+    taken, plain = both(lambda: ops.take(source, index, "w"))
+    assert taken.dtype == dtype and torch.equal(taken, source[index]) and torch.equal(taken, plain)
+
+    def written():
+        target = source.clone()
+        ops.scatter_(target, index, values, "w")
+        return target
+
+    native, plain = both(written)
+    want = source.clone()
+    want[index.long()] = values.to(dtype)
+    assert torch.equal(native, want) and torch.equal(plain, want)
+
+    def added():
+        out = values.clone()
+        ops.gather_add_(out, source, index, "w")
+        return out
+
+    native, plain = both(added)
+    assert torch.equal(native, values + source[index].float()) and torch.equal(native, plain)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("map_", ["id", "abs", "square"])
+def test_accumulate(dtype, map_):
+    value = torch.randn(3, 100).to(dtype)
+    start = torch.randn(3, 100)
+
+    def run():
+        score = start.clone()
+        ops.accumulate_(score, value, "w", map=map_, weight=0.5)
+        return score
+
+    native, plain = both(run)
+    torch.testing.assert_close(native, plain, rtol=1e-6, atol=1e-7)
+    wide = {"id": value.float(), "abs": value.float().abs(), "square": value.float() ** 2}[map_]
+    torch.testing.assert_close(native, start + 0.5 * wide, rtol=1e-6, atol=1e-7)
+
+
+def test_writing_is_seen_by_autograd():
+    weight = torch.nn.Parameter(torch.ones(4))
+    loss = (weight * weight).sum()
+    ops.scatter_(weight, torch.tensor([1], dtype=torch.int32), torch.tensor([5.0]), "weight")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_strides_dtypes_and_devices_without_a_kernel_take_the_other_path():
+    plain = torch.arange(12.0).view(3, 4)
+    index = torch.tensor([1, 5, 11], dtype=torch.int32)
+    assert ops.gather(plain.t().contiguous().t(), index, "w").tolist() == [1, 5, 11]
+    turned = plain.clone().t()
+    ops.scatter_(turned, index, torch.tensor([-1.0, -2.0, -3.0]), "w")
+    want = plain.clone().t().contiguous()
+    want.view(-1)[index.long()] = torch.tensor([-1.0, -2.0, -3.0])
+    assert torch.equal(turned, want)
+    double = torch.full((3,), 1e-300, dtype=torch.float64)
+    assert ops.gather(double, torch.tensor([2], dtype=torch.int32), "w").item() == 1e-300
+
+
+@pytest.mark.parametrize(
+    ("index", "why"),
+    [([3, 1], "ascending"), ([1, 1], "ascending"), ([-1, 2], "outside"), ([0, 9], "outside")],
+)
+def test_bad_positions_are_refused(index, why):
+    index = torch.tensor(index, dtype=torch.int32)
+    with pytest.raises(errors.MaskError, match=f"index of w is not valid: .*{why}"):
+        ops.gather(torch.zeros(9), index, "w")
+    target = torch.zeros(9)
+    with pytest.raises(errors.MaskError, match=why):
+        ops.scatter_(target, index, torch.ones(2), "w")
+    assert not target.any()
+
+
+def test_the_extension_refuses_what_it_cannot_take():
+    from retouch import _core
+
+    out, index = torch.zeros(1), torch.tensor([0], dtype=torch.int32)
+    with pytest.raises(TypeError, match=r"expected a torch\.Tensor, got <class 'list'>"):
+        _core.gather_(out, [1.0], index, "w")
+    with pytest.raises(errors.LayoutError, match="w must be a contiguous float32.*got.*float64"):
+        _core.gather_(out, torch.zeros(3, dtype=torch.float64), index, "w")
+    with pytest.raises(errors.LayoutError, match="non-contiguous float32"):
+        _core.gather_(out, torch.zeros(3, 3).t(), index, "w")
+    for strange in (torch.zeros(3, device="meta"), torch.zeros(3).to_sparse()):
+        with pytest.raises(errors.LayoutError, match="w must be a contiguous"):
+            _core.gather_(out, strange, index, "w")
+    with pytest.raises(errors.LayoutError, match="share memory"):
+        _core.gather_(out, out, index, "w")
+    with pytest.raises(errors.LayoutError, match="index must be a contiguous int32"):
+        _core.gather_(out, torch.zeros(3), torch.zeros(1), "w")
+    with pytest.raises(errors.ShapeError, match="out has 1 elements, expected 2"):
+        _core.gather_(out, torch.zeros(3), torch.tensor([0, 1], dtype=torch.int32), "w")
+
+
+def test_uniform_depends_on_seed_name_and_position_alone():
+    a = ops.uniform((70_000,), 7, "layer.0", "cpu")
+    torch.set_num_threads(1)
+    assert torch.equal(a, ops.uniform((70_000,), 7, "layer.0", "cpu"))
+    assert torch.equal(a[:50], ops.uniform((50,), 7, "layer.0", "cpu"))
+    assert not torch.equal(a, ops.uniform((70_000,), 8, "layer.0", "cpu"))
+    assert not torch.equal(a, ops.uniform((70_000,), 7, "layer.1", "cpu"))
+    assert 0 <= a.min() and a.max() < 1 and abs(a.mean() - 0.5) < 0.01
+
+
+@given(
+    a=st.sets(st.integers(0, 60)), b=st.sets(st.integers(0, 60)), wide=st.booleans()
+)
+def test_algebra_is_that_of_sets(a, b, wide):
+    dtype = torch.int64 if wide else torch.int32
+    x, y = (torch.tensor(sorted(s), dtype=dtype) for s in (a, b))
+    assert set(ops.union(x, y).tolist()) == a | b
+    assert set(ops.intersection(x, y).tolist()) == a & b
+    assert set(ops.difference(x, y).tolist()) == a - b
+    assert ops.complement(x, 61).tolist() == sorted(set(range(61)) - a)
+
+
+ANY = [torch.float64, torch.int64, torch.int16, torch.uint8, torch.bool, torch.float8_e4m3fn]
+
+
+@pytest.mark.parametrize("dtype", DTYPES + ANY)
+def test_diff_finds_every_changed_bit(dtype):
+    base = torch.zeros(70_000).to(dtype).view(7, 10_000)
+    tuned = base.clone()
+    tuned.view(-1)[[3, 65_536, 69_999]] = torch.ones(3).to(dtype)
+    native, plain = both(lambda: ops.diff(base, tuned, "w"))
+    assert native.tolist() == plain.tolist() == [3, 65_536, 69_999]
+
+
+def test_diff_sees_zeros_of_either_sign_and_payloads_of_nan():
+    base = torch.tensor([0.0, math.nan, math.nan, 1.0])
+    tuned = torch.tensor([-0.0, math.nan, math.nan, 1.0])
+    tuned.view(torch.int32)[2] += 1
+    assert ops.diff(base, tuned, "w").tolist() == [0, 2]
+
+
+def test_fingerprint():
+    w = torch.randn(100, 700).to(torch.bfloat16)
+    base = ops.fingerprint(w)
+    assert base == ops.fingerprint(w.clone()) == ops.fingerprint(w.t().contiguous().t())
+    assert base != ops.fingerprint(w.view(700, 100)) and base != ops.fingerprint(w.to(torch.float16))
+    index = torch.tensor([0, 33_000, 69_999], dtype=torch.int32)
+    old = ops.take(w, index, "w")
+    ops.put_(w, index, torch.ones(3, dtype=torch.bfloat16), "w")
+    assert ops.fingerprint(w) != base == ops.fingerprint(w, index, old)
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        assert ops.fingerprint(w, index, old) == base
+
+
+GRADS = [[0.3, -4.0, 0.2], [-0.1, 1.0, 0.4], [0.2, 0.2, 0.2]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("maximize", [False, True])
+def test_adamw_is_torch_adamw_on_the_selected_values(dtype, maximize):
+    weight = torch.randn(50_000).to(dtype)
+    index = (torch.rand(50_000) < 0.3).nonzero().squeeze(1).to(torch.int32)
+    start = ops.gather(weight, index, "w")
+    want = torch.nn.Parameter(start.clone())
+    options = dict(lr=1e-2, betas=(0.9, 0.99), eps=1e-6, weight_decay=0.1, maximize=maximize)
+    reference = torch.optim.AdamW([want], **options, foreach=False)
+    runs = [[start.clone(), torch.zeros_like(start), torch.zeros_like(start), weight.clone()] for _ in "ab"]
+    for step in range(1, 6):
+        grad = torch.randn(index.numel())
+        want.grad = grad.clone()
+        reference.step()
+        for run, context in zip(runs, ("native", "torch"), strict=True):
+            value, m, v, target = run
+
+            def update(value=value, m=m, v=v, target=target, grad=grad, step=step):
+                ops.adamw_(
+                    value, grad, m, v, target, index, "w",
+                    step=step, lr=1e-2, beta1=0.9, beta2=0.99, eps=1e-6, weight_decay=0.1,
+                    maximize=maximize,
+                )  # fmt: skip
+
+            if context == "native":
+                update()
+            else:
+                with ops.force_torch():
+                    update()
+    (native, *_, moved), (plain, *_, other) = runs
+    assert torch.equal(plain, want.detach())
+    torch.testing.assert_close(native, want.detach(), rtol=6e-7, atol=1e-7)
+    frozen = torch.ones(50_000, dtype=torch.bool)
+    frozen[index.long()] = False
+    for target, value in ((moved, native), (other, plain)):
+        assert torch.equal(target[frozen], weight[frozen])
+        assert torch.equal(target[index.long()], value.to(dtype))
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sgd_is_torch_sgd_on_the_selected_values(momentum, nesterov):
+    if nesterov and not momentum:
+        pytest.skip("torch refuses Nesterov without momentum")
+    weight, index = torch.randn(9), torch.tensor([0, 4, 8], dtype=torch.int32)
+    want = torch.nn.Parameter(ops.gather(weight, index, "w"))
+    dampening = 0.0 if nesterov else 0.3
+    options = dict(lr=0.1, momentum=momentum, dampening=dampening, weight_decay=0.1)
+    reference = torch.optim.SGD([want], **options, nesterov=nesterov, foreach=False)
+    for forced in (False, True):
+        value, target = ops.gather(weight, index, "w"), weight.clone()
+        buffer = torch.zeros(3) if momentum else None
+        results = []
+        for step, grad in enumerate(map(torch.tensor, GRADS)):
+            if not forced:
+                want.grad = grad.clone()
+                reference.step()
+
+            def update(grad=grad, step=step, value=value, buffer=buffer, target=target):
+                ops.sgd_(
+                    value, grad, buffer, target, index, "w",
+                    first=step == 0, **options, nesterov=nesterov,
+                )  # fmt: skip
+
+            if forced:
+                with ops.force_torch():
+                    update()
+            else:
+                update()
+            results.append(value.clone())
+        torch.testing.assert_close(value, want.detach(), rtol=2e-7, atol=1e-7)
+        assert torch.equal(target[[0, 4, 8]], value)
+        assert torch.equal(target[[1, 2, 3, 5, 6, 7]], weight[[1, 2, 3, 5, 6, 7]])
