@@ -1,0 +1,297 @@
+"""Ties one optimizer to the compact values of an engine: steps, closures, state dicts.
+
+An `Engine` owns the compact parameters; a `Binding` sits on one (innermost) optimizer and, by
+torch's own hooks,
+
+* before a step, makes sure that the model is still the one that was wrapped and that every
+  gradient is in its compact parameter;
+* after a step (and before each evaluation of a closure), writes the values into the weights;
+* adds the masters, their positions and their base to `optimizer.state_dict()`, and takes them out
+  again.
+
+The extra entry is `param_groups[i]["retouch"]`, a dict of lists with one item per parameter of the
+group. It is there, and not in the state of the parameters, because `Optimizer.load_state_dict`
+casts every tensor of that state to the dtype of the parameter (an index becomes a float), while
+tensors in a group survive `torch.save`, `weights_only` loading, Accelerate's round trip and DCP as
+they are.
+"""
+
+import json
+import weakref
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from retouch.errors import EngineError, FormatError
+from retouch.masks import Selection
+from retouch.slots import Slot, same_bits
+
+if TYPE_CHECKING:
+    from retouch.compact import Engine
+
+STATE_KEY = "retouch"
+_STATE_VERSION = 1
+
+
+def innermost(optimizer: Any) -> Optimizer:
+    """The optimizer that really steps, inside of wrappers such as Accelerate's."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    if not isinstance(optimizer, Optimizer):
+        raise EngineError(f"wanted a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    return optimizer
+
+
+class Binding:
+    """The hooks of one engine on one optimizer."""
+
+    def __init__(self, engine: "Engine", optimizer: Optimizer) -> None:
+        self._engine = engine
+        self._optimizer = weakref.ref(optimizer)
+        self._before_step: list[tuple[Slot, Tensor, Tensor]] = []
+        self._dry_run = False
+        self.measured: dict[str, float] = {}
+        self._handles: list[RemovableHandle] = [
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+            optimizer.register_state_dict_post_hook(self._save),
+            optimizer.register_load_state_dict_pre_hook(self._load),
+        ]
+        # Schedule-free optimizers change their parameters between training and evaluation.
+        self._switches = [n for n in ("train", "eval") if callable(getattr(optimizer, n, None))]
+        for name in self._switches:
+            setattr(optimizer, name, self._then_write(getattr(optimizer, name)))
+        self._adopt_loaded(optimizer)
+
+    @property
+    def optimizer(self) -> Optimizer | None:
+        """The bound optimizer, None once it is gone."""
+        return self._optimizer()
+
+    def slots(self) -> Iterator[Slot]:
+        """The slots whose values this optimizer steps, in its order."""
+        optimizer = self._optimizer()
+        for group in optimizer.param_groups if optimizer is not None else ():
+            for param in group["params"]:
+                slot = self._engine.slot_of(param)
+                if slot is not None:
+                    yield slot
+
+    def state_bytes(self) -> int:
+        """Bytes of the optimizer's state of the compact values."""
+        optimizer = self._optimizer()
+        if optimizer is None:
+            return 0
+        return sum(
+            x.numel() * x.element_size()
+            for slot in self.slots()
+            for x in optimizer.state.get(slot.value, {}).values()
+            if isinstance(x, Tensor)
+        )
+
+    def remove(self) -> None:
+        """Takes the hooks off; a later step is an error instead of a silent no-op."""
+        for handle in self._handles:
+            handle.remove()
+        optimizer = self._optimizer()
+        if optimizer is not None:
+            for name in self._switches:
+                del optimizer.__dict__[name]
+            optimizer.register_step_pre_hook(_refuse)
+
+    def reset(self, value: Tensor) -> None:
+        """Starts the optimizer's state of one compact value afresh, at the value's present size."""
+        optimizer = self._optimizer()
+        if optimizer is None or value not in optimizer.state:
+            return
+        for group in optimizer.param_groups:
+            if any(p is value for p in group["params"]) and "initial_accumulator_value" in group:
+                # Adagrad makes its state when it is built and never again.
+                for key, old in optimizer.state[value].items():
+                    fill = group["initial_accumulator_value"] if key == "sum" else 0.0
+                    like = value if key == "sum" else old
+                    optimizer.state[value][key] = torch.full_like(like, fill)
+                return
+        del optimizer.state[value]
+
+    # --- stepping ------------------------------------------------------------------------------
+
+    def _before(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        self._engine.check()
+        slots = list(self.slots())
+        for slot in slots:
+            slot.fused = None
+            slot.collect()  # a gradient that was set by hand
+            if (
+                slot.is_stale()
+            ):  # somebody wrote into the weight: load_state_dict, a delta, the user
+                slot.sync()
+        self._dry_run = _is_dry_run(optimizer)
+        self._before_step = (
+            [(s, s.value.detach().clone(), s.selection.take(s.param)) for s in slots]
+            if self._engine.measure
+            else []
+        )
+        if len(args) > 1 and args[1] is not None:
+            return (args[0], self._after_write(args[1]), *args[2:]), kwargs
+        if kwargs.get("closure") is not None:
+            return args, {**kwargs, "closure": self._after_write(kwargs["closure"])}
+        return None
+
+    def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for slot in self.slots():
+            if slot.fused != slot.value._version:
+                slot.write()
+            slot.fused = None
+        if self._dry_run:
+            # DCP makes the state by a step with zero gradients and lr 0; no step was taken.
+            self._dry_run = False
+            for state in optimizer.state.values():
+                step = state.get("step")
+                if step is not None:
+                    state["step"] = torch.zeros_like(step) if isinstance(step, Tensor) else 0
+        if self._before_step:
+            self.measured = _measure(self._before_step)
+            self._before_step = []
+
+    def _after_write(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """A closure that sees the weights which its optimizer has just tried."""
+
+        def evaluate() -> Any:
+            for slot in self.slots():
+                slot.write()
+            return closure()
+
+        return evaluate
+
+    def _then_write(self, switch: Callable[..., Any]) -> Callable[..., Any]:
+        def switched(*args: Any, **kwargs: Any) -> Any:
+            result = switch(*args, **kwargs)
+            for slot in self.slots():
+                slot.write()
+            return result
+
+        return switched
+
+    # --- state dicts ---------------------------------------------------------------------------
+
+    def _save(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        for slot in self.slots():
+            if slot.is_stale():
+                slot.sync()
+        for i, (group, packed) in enumerate(
+            zip(optimizer.param_groups, state_dict["param_groups"], strict=True)
+        ):
+            names = [self._engine.name_of(p) for p in group["params"]]
+            slots = [self._engine.slots.get(n) for n in names]
+            none = torch.empty(0, dtype=torch.int32)
+            nothing = torch.empty(0)
+            entry: dict[str, Any] = {
+                "version": _STATE_VERSION,
+                "names": names,  # "" for a parameter of somebody else
+                "kinds": [s.selection.kind if s else "none" for s in slots],
+                "shapes": [list(s.selection.shape) if s else [] for s in slots],
+                "index": [none if not s or s.selection.index is None else s.selection.index
+                          for s in slots],
+                "value": [s.value.detach() if s else nothing for s in slots],
+                "base": [s.base if s else nothing for s in slots],
+                "base_hash": [s.base_hash if s else "" for s in slots],
+            }  # fmt: skip
+            if i == 0:
+                entry["run"] = json.dumps(self._engine.describe(), default=str)
+            packed[STATE_KEY] = entry
+
+    def _load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        groups = state_dict["param_groups"]
+        if len(groups) != len(optimizer.param_groups):
+            return state_dict  # torch says what is wrong
+        if not all(STATE_KEY in group for group in groups):
+            raise EngineError(
+                "this optimizer state has no retouch entry in its parameter groups, so mask and "
+                "float32 values cannot be restored: it was saved by an optimizer that was not "
+                "wrapped, or flattened (use flatten_optimizer_state_dict=False)"
+            )
+        self._restore(optimizer, [group[STATE_KEY] for group in groups])
+        plain = [{k: v for k, v in group.items() if k != STATE_KEY} for group in groups]
+        return {**state_dict, "param_groups": plain}
+
+    def _adopt_loaded(self, optimizer: Optimizer) -> None:
+        """Restores from a state dict that was loaded before the optimizer was bound."""
+        if not any(STATE_KEY in group for group in optimizer.param_groups):
+            return
+        entries = [group.pop(STATE_KEY, None) for group in optimizer.param_groups]
+        for entry, group in zip(entries, optimizer.param_groups, strict=True):
+            have = [self._engine.name_of(p) for p in group["params"]]
+            if entry is None or list(entry["names"]) != have:
+                raise EngineError(
+                    "the optimizer has loaded the state of other parameters than it holds; bind it "
+                    "to the engine first and load the state then"
+                )
+        self._restore(optimizer, entries)
+
+    def _restore(self, optimizer: Optimizer, entries: list[dict[str, Any]]) -> None:
+        parts: dict[str, tuple[Selection, Tensor, Tensor, str]] = {}
+        groups: list[list[Any]] = []
+        for entry, group in zip(entries, optimizer.param_groups, strict=True):
+            if entry.get("version") != _STATE_VERSION:
+                raise FormatError(
+                    f"optimizer state of retouch version {entry.get('version')!r}; "
+                    f"this package reads version {_STATE_VERSION}"
+                )
+            foreign = iter([p for p in group["params"] if not self._engine.name_of(p)])
+            params = []
+            for i, name in enumerate(entry["names"]):
+                if not name:
+                    params.append(next(foreign, None))
+                    continue
+                params.append(self._engine.value_for(name))
+                if entry["kinds"][i] == "none":
+                    continue
+                kind, index = entry["kinds"][i], entry["index"][i].cpu()
+                shape = tuple(int(x) for x in entry["shapes"][i])
+                selection = Selection(kind, shape, None if kind == "all" else index)
+                parts[name] = (
+                    selection, entry["value"][i], entry["base"][i], str(entry["base_hash"][i])
+                )  # fmt: skip
+            if None in params or next(foreign, None) is not None:
+                raise EngineError(
+                    "the optimizer state was saved with other parameters beside the model's than "
+                    "this optimizer holds"
+                )
+            groups.append(params)
+        before = {slot.name for slot in self.slots()}
+        self._engine.restore(parts, before, json.loads(entries[0]["run"]) if entries else {})
+        for params, group in zip(groups, optimizer.param_groups, strict=True):
+            group["params"][:] = params
+
+
+def _refuse(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    raise EngineError(
+        "this optimizer steps the compact values of a model that has been unwrapped; "
+        "make a new optimizer, or wrap the model again"
+    )
+
+
+def _is_dry_run(optimizer: Optimizer) -> bool:
+    """Whether torch.distributed.checkpoint takes this step, to have the state made."""
+    if optimizer.state or any(float(g.get("lr", 1.0)) != 0 for g in optimizer.param_groups):
+        return False
+    grads = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+    return bool(grads) and not any(bool(torch.count_nonzero(g)) for g in grads)
+
+
+def _measure(before: list[tuple[Slot, Tensor, Tensor]]) -> dict[str, float]:
+    """How far the last step went, and how much of it the rounding of the weights swallowed."""
+    square, lost = 0.0, 0
+    for slot, value, weight in before:
+        change = slot.value.detach() - value
+        square += float(change.double().square().sum())
+        kept = same_bits(slot.selection.take(slot.param), weight)
+        lost += int(((change != 0) & kept).sum())
+    return {"update_norm": square**0.5, "lost": float(lost)}

@@ -1,0 +1,458 @@
+"""The training engine: compact values beside the weights.
+
+For every masked weight a model gets one small float32 `nn.Parameter`, the *compact value*, that
+holds the selected coordinates only. The optimizer, whatever its class, steps compact values and
+nothing else:
+
+* forward and backward are the model's own, since the weight always holds what it should;
+* a hook on the weight gathers the selected entries of its gradient into the gradient of the compact
+  value and frees the dense gradient at once;
+* after each optimizer step the new values are rounded once and scattered into the weight.
+
+So weight decay and momentum cannot reach a frozen coordinate, optimizer state exists for the
+selected ones alone, 16-bit weights train with float32 masters, and clipping, `GradScaler`,
+schedulers and accumulation see ordinary parameters. The compact values are registered in the model
+(`model._retouch`, under the names of their weights) and are absent from its `state_dict()`.
+"""
+
+import contextlib
+import math
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from retouch import ops
+from retouch.binding import Binding, innermost
+from retouch.errors import BudgetError, EngineError, FormatError, FrozenError, MaskError
+from retouch.masks import Mask, Selection
+from retouch.slots import (
+    PLACE,
+    Container,
+    Copy,
+    Slot,
+    buffers,
+    lookup,
+    parameters,
+    register,
+    same_bits,
+    some,
+)
+
+_AGAIN = "call retouch.unwrap(model), then select and wrap again"
+
+
+@dataclass(frozen=True)
+class Untouched:
+    """What `verify_untouched` has found in order.
+
+    Attributes:
+        parameters: How many parameters were checked.
+        frozen: How many of them are wholly frozen.
+        buffers_changed: Persistent buffers (running statistics) that differ from the base: no
+            error.
+    """
+
+    parameters: int
+    frozen: int
+    buffers_changed: list[str]
+
+
+class Engine(Container):
+    """The compact values of one model; lives at `model._retouch`.
+
+    Attributes:
+        slots: One `Slot` per masked parameter, by name.
+        mask: The mask in force, None before the first.
+        measure: Measure the next optimizer steps (two O(k) copies a step); see `metrics`.
+        base_buffers: Persistent buffers of the model when the mask was set (copies on the CPU).
+    """
+
+    def __init__(self, model: nn.Module, *, fingerprint: bool = True) -> None:
+        super().__init__()
+        self.slots: dict[str, Slot] = {}
+        self.mask: Mask | None = None
+        self.measure = False
+        self.base_buffers: dict[str, Tensor] = {}
+        self._owner = weakref.ref(model)
+        self._fingerprint = fingerprint
+        self._hashes: dict[str, str] = {}
+        self._values: dict[str, nn.Parameter] = {}
+        self._names: dict[int, str] = {}  # id of a compact value -> name of its weight
+        self._bindings: list[Binding] = []
+        self._flags = [(p, p.requires_grad) for _, p in parameters(model)]
+        self.register_load_state_dict_post_hook(_after_load)
+
+    # --- the model -----------------------------------------------------------------------------
+
+    def owner(self) -> nn.Module:
+        """The wrapped model."""
+        model = self._owner()
+        if model is None:
+            raise EngineError("the model of this engine is gone")
+        return model
+
+    def check(self) -> None:
+        """Raises EngineError, naming the parameter, if the model changed since it was wrapped."""
+        model = self.owner()
+        for slot in self.slots.values():
+            weight, value, what = slot.param, slot.value, ""
+            if lookup(model, slot.name) is not weight:
+                what = (
+                    "is not the tensor that was wrapped: resize_token_embeddings, "
+                    "load_state_dict(assign=True) or a new layer has replaced it"
+                )
+            elif tuple(weight.shape) != slot.selection.shape:
+                what = f"was resized from {slot.selection.shape} to {tuple(weight.shape)}"
+            elif weight.dtype != slot.base.dtype:
+                what = f"was cast from {slot.base.dtype} to {weight.dtype}"
+            elif value.dtype != ops.value_dtype(weight.dtype) or value.shape != slot.base.shape:
+                what = f"has a compact value of {value.dtype} and shape {tuple(value.shape)}"
+            elif value.device != weight.device:
+                what = f"is on {weight.device}, its compact value on {value.device}"
+            if what:
+                raise EngineError(f"{slot.name} {what}; {_AGAIN}")
+            if slot.swapped:
+                raise EngineError("optimizer step inside of base_weights()")
+
+    def slot_of(self, value: Tensor) -> Slot | None:
+        """The slot of a compact value of this engine."""
+        return self.slots.get(self.name_of(value))
+
+    def name_of(self, value: Tensor) -> str:
+        """The name of the weight of a compact value of this engine, "" for other tensors."""
+        name = self._names.get(id(value), "")
+        return name if name and self._values[name] is value else ""
+
+    def value_for(self, name: str) -> nn.Parameter:
+        """The compact value of a parameter; without elements while nothing of it is selected."""
+        if name not in self._values:
+            param = lookup(self.owner(), name)
+            if param is None:
+                raise MaskError(f"the model has no parameter {name}")
+            dtype = ops.value_dtype(param.dtype)
+            value = nn.Parameter(torch.empty(0, dtype=dtype, device=param.device))
+            self.place(name, value)
+            self._values[name] = value
+            self._names[id(value)] = name
+        return self._values[name]
+
+    # --- the mask ------------------------------------------------------------------------------
+
+    def set_mask(self, mask: Mask) -> None:
+        """Makes `mask` the set of coordinates that may move; the present weights are the base.
+
+        Compact values keep their identity, so an optimizer that was built over them stays valid.
+
+        Args:
+            mask: Over the parameters of this model.
+
+        Raises:
+            MaskError: The mask does not fit the model.
+            BudgetError: It selects nothing.
+            EngineError: Selected weights have already moved, or a bound optimizer does not hold the
+                compact value of a newly selected parameter.
+        """
+        model = self.owner()
+        mask.check(model)
+        chosen = {name: s for name, s in mask.items() if s.count}
+        if not chosen:
+            raise BudgetError("the mask selects nothing, so nothing could be trained")
+        self.check()
+        moved = [slot.name for slot in self.slots.values() if slot.has_moved()]
+        if moved:
+            raise EngineError(
+                f"weights have moved since the mask was set ({some(moved)}); revert them, "
+                f"or {_AGAIN}"
+            )
+        known = dict(parameters(model))
+        for name in chosen:
+            _check_trainable(name, known[name])
+        live = [b for b in self._bindings if b.optimizer is not None]
+        missing = [name for name in chosen if name not in self._values] if live else []
+        if missing:
+            raise EngineError(f"the optimizer was built without {some(missing)}; {_AGAIN}")
+        self._take_base(model)
+        for name in [n for n in self.slots if n not in chosen]:
+            self._clear(name)
+        for name, selection in chosen.items():
+            param = known[name]
+            self._fill(
+                name, param, selection, selection.gather(param.detach()),
+                selection.take(param.detach()), self._hashes.get(name, ""),
+            )  # fmt: skip
+        self._freeze_rest(model)
+        self.mask = mask
+
+    def restore(
+        self,
+        parts: dict[str, tuple[Selection, Tensor, Tensor, str]],
+        before: Iterable[str],
+        run: dict[str, Any],
+    ) -> None:
+        """Goes back to a saved mask, its values and its base (`Binding` calls this).
+
+        Args:
+            parts: Of each selected parameter the selection, values, base and hash of the base.
+            before: Parameters of the same optimizer, which are frozen again unless in `parts`.
+            run: What `describe` returned when the state was saved.
+
+        Raises:
+            MaskError: The model has no such parameter, or one of another shape.
+            FormatError: Sizes or dtypes that do not fit together.
+        """
+        model = self.owner()
+        known = dict(parameters(model))
+        for name, (selection, value, base, _) in parts.items():
+            param = known.get(name)
+            if param is None or tuple(param.shape) != selection.shape:
+                have = "no such parameter" if param is None else f"shape {tuple(param.shape)}"
+                raise MaskError(f"saved {name} has shape {selection.shape}; the model has {have}")
+            if base.dtype != param.dtype:
+                raise MaskError(f"saved {name} is {base.dtype}, in this model {param.dtype}")
+            _check_trainable(name, param)
+            if value.shape != base.shape or value.numel() != selection.count:
+                raise FormatError(
+                    f"saved {name}: {selection.count} selected, but {value.numel()} values and "
+                    f"{base.numel()} base values"
+                )
+        for name in before:
+            slot = self.slots[name]
+            slot.selection.put_(slot.param, slot.base, name)  # what is not restored is frozen
+            if name not in parts:
+                self._clear(name)
+        for name, (selection, value, base, base_hash) in parts.items():
+            self._fill(name, known[name], selection, value, base, base_hash)
+            self.slots[name].write()
+        self._hashes = dict(run.get("hashes") or self._hashes)
+        self._freeze_rest(model)
+        metadata = dict(run.get("metadata") or {})
+        self.mask = Mask({n: s.selection for n, s in self.slots.items()}, model, metadata)
+
+    def describe(self) -> dict[str, Any]:
+        """What is saved of a run beside masks and values: JSON-able."""
+        metadata = self.mask.metadata if self.mask is not None else {}
+        return {"hashes": self._hashes, "metadata": metadata}
+
+    def _take_base(self, model: nn.Module) -> None:
+        self._hashes = {n: ops.fingerprint(p) for n, p in parameters(model) if self._fingerprint}
+        self.base_buffers = {n: b.detach().cpu().clone() for n, b in buffers(model)}
+
+    def _fill(
+        self, name: str, param: nn.Parameter, selection: Selection, value: Tensor, base: Tensor,
+        base_hash: str,
+    ) -> None:  # fmt: skip
+        parameter = self.value_for(name)
+        value = value.detach().to(device=param.device, dtype=parameter.dtype)
+        old = self.slots.get(name)
+        if old is not None:
+            old.unwatch()
+        if parameter.shape != value.shape or not _same(old, selection):
+            parameter.data = value.clone()
+            parameter.grad = None
+            for binding in self._bindings:
+                binding.reset(parameter)
+        else:
+            with torch.no_grad():
+                parameter.copy_(value)
+        slot = Slot(
+            name, param, selection, parameter, base.detach().to(param.device).clone(), base_hash
+        )
+        slot.version = param._version
+        self.slots[name] = slot
+        register(slot)
+        param.requires_grad_(True)
+        slot.watch()
+
+    def _clear(self, name: str) -> None:
+        slot = self.slots.pop(name)
+        slot.unwatch()
+        slot.value.data = slot.value.data.new_empty(0)
+        slot.value.grad = None
+        for binding in self._bindings:
+            binding.reset(slot.value)
+
+    def _freeze_rest(self, model: nn.Module) -> None:
+        for name, param in parameters(model):
+            if name not in self.slots:
+                param.requires_grad_(False)
+                param.grad = None  # else it would count in clip_grad_norm_
+
+    # --- the optimizer -------------------------------------------------------------------------
+
+    def bind(self, optimizer: Any) -> None:
+        """Puts this engine's hooks on an optimizer over its compact values.
+
+        Args:
+            optimizer: Any `torch.optim.Optimizer`, also inside Accelerate's wrapper. If it has
+                loaded the state of a wrapped optimizer already, mask and values are restored from
+                it.
+
+        Raises:
+            EngineError: It steps weights of the model itself.
+        """
+        inner = innermost(optimizer)
+        self._bindings = [b for b in self._bindings if b.optimizer is not None]
+        if any(b.optimizer is inner for b in self._bindings):
+            return
+        names = {id(p): name for name, p in parameters(self.owner())}
+        direct = [names[id(p)] for g in inner.param_groups for p in g["params"] if id(p) in names]
+        if direct:
+            raise EngineError(
+                f"the optimizer steps weights themselves ({some(direct)}), which would move "
+                "frozen coordinates; build it over the compact values, or use retouch.wrap"
+            )
+        self._bindings.append(Binding(self, inner))
+
+    def sync_from_weights(self) -> None:
+        """Takes over weights written from outside; masters that round to them are kept."""
+        for slot in self.slots.values():
+            slot.sync()
+
+    # --- looking -------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def base_weights(self) -> Iterator[None]:
+        """Inside, the model has the weights it started from: a reference for DPO or a KL term.
+
+        Swaps the selected coordinates only, O(k) both ways, bit for bit; may be nested. A graph
+        that was built before may still be differentiated afterwards, one that was built inside may
+        not.
+        """
+        slots = [s for s in self.slots.values() if not s.swapped]
+        held = [slot.selection.take(slot.param) for slot in slots]
+        params = tuple(slot.param for slot in slots)
+        versions = tuple(p._version for p in params)
+        try:
+            for slot in slots:
+                slot.swapped = True
+                slot.selection.put_(slot.param, slot.base, slot.name)
+            yield
+        finally:
+            for slot, weights in zip(slots, held, strict=True):
+                slot.selection.put_(slot.param, weights, slot.name)
+                slot.swapped = False
+            # The weights are what they were, so graphs that saved them are still right.
+            torch._C._autograd._unsafe_set_version_counter(params, versions)
+
+    def metrics(self) -> dict[str, float]:
+        """Figures for a log.
+
+        Returns:
+            `density` (selected of all parameters), `selected`, `state_bytes` (of the optimizer),
+            `delta_bytes` (positions and values of an uncompressed delta); and of the last step, if
+            `measure` was on, `update_norm` (length of the step, in float32 values) and
+            `lost_updates` (the fraction of the selected whose value moved and whose rounded weight
+            did not).
+        """
+        selected = sum(slot.selection.count for slot in self.slots.values())
+        total = sum(p.numel() for _, p in parameters(self.owner()))
+        delta = 0
+        for slot in self.slots.values():
+            index = slot.selection.index
+            delta += slot.selection.count * slot.base.element_size()
+            delta += index.numel() * index.element_size() if index is not None else 0
+        live = [b for b in self._bindings if b.optimizer is not None]
+        figures = {
+            "density": selected / max(total, 1),
+            "selected": float(selected),
+            "state_bytes": float(sum(b.state_bytes() for b in live)),
+            "delta_bytes": float(delta),
+        }
+        measured = [b.measured for b in live if b.measured]
+        if measured:
+            figures["update_norm"] = math.hypot(*(m["update_norm"] for m in measured))
+            figures["lost_updates"] = sum(m["lost"] for m in measured) / max(selected, 1)
+        return figures
+
+    def verify(self) -> Untouched:
+        """See `verify_untouched`."""
+        if not self._hashes:
+            raise EngineError(
+                "there are no fingerprints: the model was wrapped with fingerprint=False"
+            )
+        model, touched = self.owner(), []
+        known = dict(parameters(model))
+        for name, param in known.items():
+            slot = self.slots.get(name)
+            if slot is None:
+                now = ops.fingerprint(param)
+            elif slot.selection.kind == "all" and tuple(param.shape) == slot.selection.shape:
+                continue
+            elif tuple(param.shape) != slot.selection.shape or param.dtype != slot.base.dtype:
+                now = ""
+            else:
+                now = ops.fingerprint(param, slot.selection.flat(), slot.base.reshape(-1))
+            if now != self._hashes.get(name):
+                touched.append(name)
+        touched += [f"{name} (gone)" for name in self._hashes if name not in known]
+        if touched:
+            raise FrozenError(
+                f"{len(touched)} parameters have changed outside of the mask: {some(touched)}"
+            )
+        changed = [
+            name for name, buffer in buffers(model)
+            if name not in self.base_buffers or not _equal(self.base_buffers[name], buffer)
+        ]  # fmt: skip
+        return Untouched(len(known), len(known) - len(self.slots), changed)
+
+    # --- torch.nn ------------------------------------------------------------------------------
+
+    def remove(self) -> None:
+        """Takes everything off the model (see `unwrap`)."""
+        if any(slot.swapped for slot in self.slots.values()):
+            raise EngineError("unwrap inside of base_weights()")
+        for binding in self._bindings:
+            binding.remove()
+        for slot in self.slots.values():
+            slot.unwatch()
+            slot.param.grad = None
+        for param, flag in self._flags:
+            param.requires_grad_(flag)
+        self.owner()._modules.pop(PLACE, None)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Engine":
+        """Follows the model to another device, and keeps the float32 of the values."""
+        with torch.no_grad():
+            for value in self._values.values():
+                value.data = value.data.to(fn(value.data).device)
+                if value.grad is not None:
+                    value.grad = value.grad.to(value.device)
+            for slot in self.slots.values():
+                slot.base = slot.base.to(slot.value.device)
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return Copy, ()  # copies and pickles of the model are plain models
+
+    def __repr__(self) -> str:
+        selected = sum(slot.selection.count for slot in self.slots.values())
+        return f"Engine({selected:,} weights of {len(self.slots)} parameters may move)"
+
+
+def _after_load(engine: nn.Module, incompatible: Any) -> None:
+    if isinstance(engine, Engine):
+        engine.sync_from_weights()
+
+
+def _check_trainable(name: str, param: Tensor) -> None:
+    if type(param) is not nn.Parameter or not param.is_floating_point() or param.is_meta:
+        raise MaskError(
+            f"{name} is a {type(param).__name__} of {param.dtype} on {param.device}; wanted a "
+            "dense floating-point parameter"
+        )
+
+
+def _same(old: Slot | None, new: Selection) -> bool:
+    if old is None or old.selection.kind != new.kind:
+        return False
+    a, b = old.selection.index, new.index
+    return a is b or (a is not None and b is not None and torch.equal(a.cpu(), b.cpu()))
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    b = b.detach().cpu()
+    return a.shape == b.shape and a.dtype == b.dtype and bool(same_bits(a, b).all())

@@ -1,0 +1,224 @@
+"""Putting an engine on a model, finding it, and taking it off again.
+
+The engine itself is `retouch.compact.Engine`, whose module says how it works.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from retouch.binding import innermost
+from retouch.compact import Engine, Untouched
+from retouch.errors import EngineError, HyperparameterError
+from retouch.masks import Mask
+from retouch.slots import PLACE, Copy, Slot, parameters, some
+
+__all__ = [
+    "Engine",
+    "Slot",
+    "Untouched",
+    "get_engine",
+    "install",
+    "unwrap",
+    "verify_untouched",
+    "wrap",
+]
+
+
+def install(model: nn.Module, mask: Mask | None = None, *, fingerprint: bool = True) -> Engine:
+    """Puts an engine on a model: compact values for what the mask selects, the rest frozen.
+
+    The outputs of the model do not change by a bit. Most users want `wrap`.
+
+    Args:
+        model: Any module with dense floating-point parameters.
+        mask: What may move. None makes a compact value without elements for every floating-point
+            parameter, so that an optimizer can be built before the mask is known; nothing trains
+            until `Engine.set_mask`.
+        fingerprint: Hash every parameter, so that `verify_untouched` and deltas can tell the base.
+
+    Returns:
+        The engine; it is also `model._retouch`.
+
+    Raises:
+        EngineError: The model has one already.
+        MaskError: The mask does not fit the model.
+    """
+    if isinstance(model._modules.get(PLACE), Engine):
+        raise EngineError("the model is wrapped already; call retouch.unwrap(model) first")
+    if any(isinstance(module, Engine) for module in model.modules()):
+        raise EngineError("a submodule of the model is wrapped already; unwrap it first")
+    if mask is not None:
+        mask.check(model)
+    model._modules.pop(PLACE, None)  # of a deep copy
+    engine = Engine(model, fingerprint=fingerprint)
+    model.add_module(PLACE, engine)
+    try:
+        if mask is not None:
+            engine.set_mask(mask)
+        else:
+            for name, param in parameters(model):
+                if param.is_floating_point():
+                    engine.value_for(name)
+            engine._freeze_rest(model)
+    except BaseException:
+        engine.remove()
+        raise
+    return engine
+
+
+def get_engine(model: nn.Module) -> Engine:
+    """The engine of a model (also through DDP's and torch.compile's wrappers).
+
+    Raises:
+        EngineError: The model has none, or is a deep copy of a wrapped model.
+    """
+    inner: Any = model
+    while PLACE not in inner._modules:
+        wrapped = inner._modules.get("module", inner._modules.get("_orig_mod"))
+        if wrapped is None:
+            raise EngineError(
+                f"{type(model).__name__} is not wrapped; call retouch.wrap(optimizer, mask)"
+            )
+        inner = wrapped
+    engine = inner._modules[PLACE]
+    if not isinstance(engine, Engine):
+        raise EngineError(
+            f"{type(model).__name__} is a deep copy of a wrapped model: wrap it again"
+        )
+    return engine
+
+
+def wrap(
+    optimizer: Any,
+    mask: Mask,
+    model: nn.Module | None = None,
+    *,
+    fingerprint: bool = True,
+    **kwargs: Any,
+) -> Any:
+    """Makes an optimizer move the selected coordinates only.
+
+    Args:
+        optimizer: A `torch.optim.Optimizer` class (built here over the compact values, with
+            `kwargs`), or an instance over parameters of the model: its groups are edited in place,
+            so schedulers and Accelerate's wrapper stay valid; frozen parameters are dropped,
+            options are kept, and state that it has already is cut down to the selected coordinates.
+        mask: What may move.
+        model: The model; default the one that the mask was selected on.
+        fingerprint: See `install`.
+        **kwargs: For a class.
+
+    Returns:
+        The optimizer.
+
+    Raises:
+        EngineError: The model is wrapped already, or the optimizer holds parameters of another
+            model, or lacks one that the mask selects.
+        MaskError: The mask does not fit the model.
+
+    Example:
+        >>> optimizer = retouch.wrap(torch.optim.AdamW(model.parameters(), lr=1e-4), mask)
+        >>> optimizer = retouch.wrap(retouch.AdamW, mask, lr=1e-4)  # fused step in Rust
+    """
+    model = model if model is not None else mask.model()
+    if model is None:
+        raise EngineError(
+            "the mask does not know its model (it was loaded from a file?): pass model="
+        )
+    is_class = not isinstance(optimizer, Optimizer) and not hasattr(optimizer, "optimizer")
+    if not is_class and kwargs:
+        raise HyperparameterError(
+            f"{some(kwargs)}: options are for an optimizer class; an instance has its own"
+        )
+    names = {id(p): name for name, p in parameters(model)}
+    engine = install(model, mask, fingerprint=fingerprint)
+    try:
+        if is_class:
+            optimizer = optimizer([slot.value for slot in engine.slots.values()], **kwargs)
+        else:
+            _take_over(engine, innermost(optimizer), names)
+        engine.bind(optimizer)
+    except BaseException:
+        engine.remove()
+        raise
+    return optimizer
+
+
+def unwrap(model: nn.Module) -> None:
+    """Leaves a plain model, with the weights as trained and `requires_grad` as before.
+
+    Raises:
+        EngineError: The model is not wrapped.
+    """
+    if isinstance(model._modules.get(PLACE), Copy):
+        del model._modules[PLACE]
+        return
+    get_engine(model).remove()
+
+
+def verify_untouched(model: nn.Module) -> Untouched:
+    """Checks by fingerprints that nothing outside of the mask has changed, in any bit.
+
+    Returns:
+        What was checked; buffers that changed are listed in it.
+
+    Raises:
+        FrozenError: Naming the parameters that changed.
+        EngineError: The model is not wrapped, or was without fingerprints.
+    """
+    return get_engine(model).verify()
+
+
+def _take_over(engine: Engine, optimizer: Optimizer, names: dict[int, str]) -> None:
+    """Edits the groups of an optimizer over weights into groups over compact values."""
+    plan: list[tuple[dict[str, Any], list[nn.Parameter], list[int]]] = []
+    states: dict[Tensor, dict[str, Any]] = {}
+    for i, group in enumerate(optimizer.param_groups):
+        values, kept = [], []
+        for j, param in enumerate(group["params"]):
+            name = names.get(id(param))
+            if name is None:
+                raise EngineError(
+                    f"parameter {j} of group {i} of the optimizer (shape {tuple(param.shape)}) is "
+                    "not a parameter of the model that the mask is for"
+                )
+            slot = engine.slots.get(name)
+            if slot is not None:
+                values.append(slot.value)
+                kept.append(j)
+                if param in optimizer.state:
+                    states[slot.value] = _cut(slot, optimizer.state[param])
+        plan.append((group, values, kept))
+    held = {id(v) for _, values, _ in plan for v in values}
+    missing = [s.name for s in engine.slots.values() if id(s.value) not in held]
+    if missing:
+        raise EngineError(f"the mask selects {some(missing)}, which the optimizer does not hold")
+    for group, values, kept in plan:
+        group["params"][:] = values  # the list itself stays: LBFGS keeps a reference to it
+        if "param_names" in group:
+            group["param_names"] = [group["param_names"][j] for j in kept]
+    optimizer.state.clear()
+    optimizer.state.update(states)
+    if hasattr(optimizer, "_numel_cache"):  # of LBFGS
+        optimizer._numel_cache = None
+
+
+def _cut(slot: Slot, state: dict[str, Any]) -> dict[str, Any]:
+    """The part of a weight's optimizer state that belongs to the selected coordinates."""
+    cut: dict[str, Any] = {}
+    for key, item in state.items():
+        if not isinstance(item, Tensor) or key == "step":
+            cut[key] = item
+        elif item.shape == slot.param.shape:
+            part = slot.selection.gather(item)
+            cut[key] = part.clone() if part.data_ptr() == item.data_ptr() else part
+        elif slot.selection.kind == "all" or item.numel() <= 1:
+            cut[key] = item
+        else:
+            raise EngineError(
+                f"the optimizer's {key} of {slot.name} has shape {tuple(item.shape)}, which cannot "
+                "be cut down to the selected coordinates; wrap it before its first step"
+            )
+    return cut
