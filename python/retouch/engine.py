@@ -5,13 +5,15 @@ The engine itself is `retouch.compact.Engine`, whose module says how it works.
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from retouch import ops
 from retouch.binding import innermost
 from retouch.compact import Engine, Untouched
 from retouch.errors import EngineError, HyperparameterError
-from retouch.masks import Mask
+from retouch.masks import Mask, Selection
 from retouch.slots import PLACE, Copy, Slot, parameters, some
 
 __all__ = [
@@ -92,7 +94,7 @@ def get_engine(model: nn.Module) -> Engine:
 
 def wrap(
     optimizer: Any,
-    mask: Mask,
+    mask: Mask | None,
     model: nn.Module | None = None,
     *,
     fingerprint: bool = True,
@@ -105,7 +107,8 @@ def wrap(
             `kwargs`), or an instance over parameters of the model: its groups are edited in place,
             so schedulers and Accelerate's wrapper stay valid; frozen parameters are dropped,
             options are kept, and state that it has already is cut down to the selected coordinates.
-        mask: What may move.
+        mask: What may move. None: nothing, until `Engine.set_mask` or the optimizer's
+            `load_state_dict` brings a mask; `model` is needed then.
         model: The model; default the one that the mask was selected on.
         fingerprint: See `install`.
         **kwargs: For a class.
@@ -122,10 +125,11 @@ def wrap(
         >>> optimizer = retouch.wrap(torch.optim.AdamW(model.parameters(), lr=1e-4), mask)
         >>> optimizer = retouch.wrap(retouch.AdamW, mask, lr=1e-4)  # fused step in Rust
     """
-    model = model if model is not None else mask.model()
+    if model is None:
+        model = mask.model() if mask is not None else None
     if model is None:
         raise EngineError(
-            "the mask does not know its model (it was loaded from a file?): pass model="
+            "the mask does not know its model (is it None, or from a file?): pass model="
         )
     is_class = not isinstance(optimizer, Optimizer) and not hasattr(optimizer, "optimizer")
     if not is_class and kwargs:
@@ -136,7 +140,8 @@ def wrap(
     engine = install(model, mask, fingerprint=fingerprint)
     try:
         if is_class:
-            optimizer = optimizer([slot.value for slot in engine.slots.values()], **kwargs)
+            values = [slot.value for slot in engine.slots.values()]
+            optimizer = optimizer(values or list(engine.parameters()), **kwargs)
         else:
             _take_over(engine, innermost(optimizer), names)
         engine.bind(optimizer)
@@ -184,12 +189,16 @@ def _take_over(engine: Engine, optimizer: Optimizer, names: dict[int, str]) -> N
                     f"parameter {j} of group {i} of the optimizer (shape {tuple(param.shape)}) is "
                     "not a parameter of the model that the mask is for"
                 )
-            slot = engine.slots.get(name)
-            if slot is not None:
-                values.append(slot.value)
+            selection = engine.slots[name].selection if name in engine.slots else None
+            if not engine.slots and param.is_floating_point():  # the mask is still to come
+                nothing = torch.empty(0, dtype=ops.index_dtype(param.numel()))
+                selection = Selection("elements", tuple(param.shape), nothing)
+            if selection is not None:
+                value = engine.value_for(name)
+                values.append(value)
                 kept.append(j)
                 if param in optimizer.state:
-                    states[slot.value] = _cut(slot, optimizer.state[param])
+                    states[value] = _cut(name, selection, optimizer.state[param])
         plan.append((group, values, kept))
     held = {id(v) for _, values, _ in plan for v in values}
     missing = [s.name for s in engine.slots.values() if id(s.value) not in held]
@@ -205,20 +214,20 @@ def _take_over(engine: Engine, optimizer: Optimizer, names: dict[int, str]) -> N
         optimizer._numel_cache = None
 
 
-def _cut(slot: Slot, state: dict[str, Any]) -> dict[str, Any]:
+def _cut(name: str, selection: Selection, state: dict[str, Any]) -> dict[str, Any]:
     """The part of a weight's optimizer state that belongs to the selected coordinates."""
     cut: dict[str, Any] = {}
     for key, item in state.items():
         if not isinstance(item, Tensor) or key == "step":
             cut[key] = item
-        elif item.shape == slot.param.shape:
-            part = slot.selection.gather(item)
+        elif item.shape == selection.shape:
+            part = selection.gather(item)
             cut[key] = part.clone() if part.data_ptr() == item.data_ptr() else part
-        elif slot.selection.kind == "all" or item.numel() <= 1:
+        elif selection.kind == "all" or item.numel() <= 1:
             cut[key] = item
         else:
             raise EngineError(
-                f"the optimizer's {key} of {slot.name} has shape {tuple(item.shape)}, which cannot "
+                f"the optimizer's {key} of {name} has shape {tuple(item.shape)}, which cannot "
                 "be cut down to the selected coordinates; wrap it before its first step"
             )
     return cut
