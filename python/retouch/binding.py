@@ -19,7 +19,7 @@ they are.
 import json
 import weakref
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,6 +44,15 @@ def innermost(optimizer: Any) -> Optimizer:
     if not isinstance(optimizer, Optimizer):
         raise EngineError(f"wanted a torch.optim.Optimizer, got {type(optimizer).__name__}")
     return optimizer
+
+
+class Part(NamedTuple):
+    """What is saved of one masked parameter; see `Slot`."""
+
+    selection: Selection
+    value: Tensor
+    base: Tensor
+    base_hash: str
 
 
 class Binding:
@@ -236,29 +245,13 @@ class Binding:
         self._restore(optimizer, entries)
 
     def _restore(self, optimizer: Optimizer, entries: list[dict[str, Any]]) -> None:
-        parts: dict[str, tuple[Selection, Tensor, Tensor, str]] = {}
+        parts: dict[str, Part] = {}
         groups: list[list[Any]] = []
         for entry, group in zip(entries, optimizer.param_groups, strict=True):
-            if entry.get("version") != _STATE_VERSION:
-                raise FormatError(
-                    f"optimizer state of retouch version {entry.get('version')!r}; "
-                    f"this package reads version {_STATE_VERSION}"
-                )
+            names, found = _parse(entry)
+            parts.update(found)
             foreign = iter([p for p in group["params"] if not self._engine.name_of(p)])
-            params = []
-            for i, name in enumerate(entry["names"]):
-                if not name:
-                    params.append(next(foreign, None))
-                    continue
-                params.append(self._engine.value_for(name))
-                if entry["kinds"][i] == "none":
-                    continue
-                kind, index = entry["kinds"][i], entry["index"][i].cpu()
-                shape = tuple(int(x) for x in entry["shapes"][i])
-                selection = Selection(kind, shape, None if kind == "all" else index)
-                parts[name] = (
-                    selection, entry["value"][i], entry["base"][i], str(entry["base_hash"][i])
-                )  # fmt: skip
+            params = [self._engine.value_for(n) if n else next(foreign, None) for n in names]
             if None in params or next(foreign, None) is not None:
                 raise EngineError(
                     "the optimizer state was saved with other parameters beside the model's than "
@@ -266,9 +259,33 @@ class Binding:
                 )
             groups.append(params)
         before = {slot.name for slot in self.slots()}
-        self._engine.restore(parts, before, json.loads(entries[0]["run"]) if entries else {})
+        self._engine.restore(parts, before, json.loads(entries[0]["run"]))
         for params, group in zip(groups, optimizer.param_groups, strict=True):
             group["params"][:] = params
+
+
+def _parse(entry: dict[str, Any]) -> tuple[list[str], dict[str, Part]]:
+    """The parameters of a saved group, and what was selected of each."""
+    if entry.get("version") != _STATE_VERSION:
+        raise FormatError(
+            f"optimizer state of retouch version {entry.get('version')!r}; "
+            f"this package reads version {_STATE_VERSION}"
+        )
+    parts: dict[str, Part] = {}
+    columns = ("names", "kinds", "shapes", "index", "value", "base", "base_hash")
+    try:
+        for name, kind, shape, index, value, base, base_hash in zip(
+            *(entry[column] for column in columns), strict=True
+        ):
+            if kind != "none":
+                where = None if kind == "all" else index.cpu()
+                selection = Selection(kind, tuple(int(n) for n in shape), where)
+                parts[name] = Part(selection, value.detach(), base.detach(), str(base_hash))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise FormatError(
+            f"the retouch entry of this optimizer state is damaged: {error}"
+        ) from error
+    return list(entry["names"]), parts
 
 
 def _refuse(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

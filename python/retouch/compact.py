@@ -23,10 +23,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from retouch import ops
-from retouch.binding import Binding, innermost
+from retouch.binding import Binding, Part, innermost
 from retouch.errors import BudgetError, EngineError, FormatError, FrozenError, MaskError
 from retouch.masks import Mask, Selection
 from retouch.slots import (
@@ -98,6 +99,11 @@ class Engine(Container):
     def check(self) -> None:
         """Raises EngineError, naming the parameter, if the model changed since it was wrapped."""
         model = self.owner()
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            raise EngineError(
+                "the gradients of compact values are those of this process alone; "
+                "train in one process"
+            )
         for slot in self.slots.values():
             weight, value, what = slot.param, slot.value, ""
             if lookup(model, slot.name) is not weight:
@@ -189,7 +195,7 @@ class Engine(Container):
 
     def restore(
         self,
-        parts: dict[str, tuple[Selection, Tensor, Tensor, str]],
+        parts: dict[str, Part],
         before: Iterable[str],
         run: dict[str, Any],
     ) -> None:
