@@ -85,7 +85,7 @@ class Engine(Container):
         self._names: dict[int, str] = {}  # id of a compact value -> name of its weight
         self._bindings: list[Binding] = []
         self._flags = [(p, p.requires_grad) for _, p in parameters(model)]
-        self.register_load_state_dict_post_hook(_after_load)
+        self.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
 
     # --- the model -----------------------------------------------------------------------------
 

@@ -9,7 +9,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from torch.utils.weak import WeakIdKeyDictionary
 
 from retouch.errors import EngineError, LayoutError
 from retouch.masks import Selection
@@ -124,7 +123,7 @@ class Slot:
                 slot.collect()
 
         self.unwatch()
-        self._hook = self.param.register_post_accumulate_grad_hook(hand_over)
+        self._hook = self.param.register_post_accumulate_grad_hook(hand_over)  # type: ignore[no-untyped-call]
 
     def unwatch(self) -> None:
         """Leaves the weight's gradients alone."""
@@ -182,15 +181,16 @@ class Slot:
         return not bool(same_bits(self.selection.take(self.param), self.base).all())
 
 
-_SLOTS = WeakIdKeyDictionary()  # compact value -> weak reference to its slot
+# By the id of the compact value: slots own their values, so a live entry is right.
+_SLOTS: weakref.WeakValueDictionary[int, Slot] = weakref.WeakValueDictionary()
 
 
 def register(slot: Slot) -> None:
     """Makes `slot_of` find the slot of a compact value."""
-    _SLOTS[slot.value] = weakref.ref(slot)
+    _SLOTS[id(slot.value)] = slot
 
 
 def slot_of(value: Tensor) -> Slot | None:
     """The slot that a compact value belongs to; None for any other tensor."""
-    found = _SLOTS.get(value)
-    return found() if found is not None else None
+    slot = _SLOTS.get(id(value))
+    return slot if slot is not None and slot.value is value else None
