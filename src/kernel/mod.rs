@@ -1,2 +1,12 @@
 //! Loops over slices: no Python, no libtorch, no domain word. The only place that names rayon and SIMD.
+//!
+//! Every kernel checks lengths and positions first and cannot fail or panic afterwards; its result
+//! depends on its arguments alone, never on the number of threads or the processor.
+pub mod adamw;
 pub mod chunk;
+pub mod gather;
+pub mod reduce;
+pub mod rng;
+pub mod select;
+pub mod sets;
+pub mod sgd;

@@ -66,7 +66,8 @@ macro_rules! with_parts {
             let (got, want) = ($names.len(), $scores.len());
             return Err(Error::Length { name: "names".to_string(), got, want }.into());
         }
-        let views = $names.iter().zip(&$scores).map(|(n, s)| s.view(n)).collect::<Result<Vec<_>>>()?;
+        let views =
+            $names.iter().zip(&$scores).map(|(n, s)| s.view(n)).collect::<Result<Vec<_>>>()?;
         match views.first() {
             None | Some(View::F32(_)) => {
                 let $parts = parts::<f32>(&$names, &views)?;

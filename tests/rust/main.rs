@@ -1,2 +1,7 @@
 //! One binary: links once.
+mod algebra;
 mod architecture;
+mod moving;
+mod random;
+mod selecting;
+mod stepping;

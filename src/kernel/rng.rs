@@ -1,0 +1,59 @@
+//! Counter-based random numbers: Philox4x32-10 (Salmon et al., 2011).
+//!
+//! A number is a function of (seed, stream, position) and of nothing before it, so any range can be
+//! made by any thread, in any order, with the same result.
+use super::chunk::{CHUNK, Divide, each};
+
+const MULTIPLY: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
+const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
+
+/// Philox4x32-10: four random words for a counter and a key.
+#[inline(always)]
+pub fn philox(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
+    let ([mut a, mut b, mut c, mut d], [mut k, mut l]) = (counter, key);
+    for _ in 0..10 {
+        let x = u64::from(MULTIPLY[0]) * u64::from(a);
+        let y = u64::from(MULTIPLY[1]) * u64::from(c);
+        (a, b, c, d) = ((y >> 32) as u32 ^ b ^ k, y as u32, (x >> 32) as u32 ^ d ^ l, x as u32);
+        (k, l) = (k.wrapping_add(WEYL[0]), l.wrapping_add(WEYL[1]));
+    }
+    [a, b, c, d]
+}
+
+/// The stream of a name (64-bit FNV-1a of its UTF-8 bytes).
+pub fn stream(name: &str) -> u64 {
+    name.bytes()
+        .fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0000_0100_0000_01b3))
+}
+
+/// Uniform numbers in [0, 1), multiples of 2⁻²⁴; element i depends on (seed, stream, i) alone.
+pub fn uniform(threads: usize, seed: u64, stream: u64, out: &mut [f32]) {
+    each(threads, CHUNK, Range { first: 0, out }, |r| fill(seed, stream, r.first, r.out));
+}
+
+/// Elements `first..` of a stream; `first` is a multiple of four.
+fn fill(seed: u64, stream: u64, first: usize, out: &mut [f32]) {
+    let key = [seed as u32, (seed >> 32) as u32];
+    for (i, four) in out.chunks_mut(4).enumerate() {
+        let block = (first / 4 + i) as u64;
+        let counter = [block as u32, (block >> 32) as u32, stream as u32, (stream >> 32) as u32];
+        for (out, word) in four.iter_mut().zip(philox(counter, key)) {
+            *out = (word >> 8) as f32 * (1.0 / 16_777_216.0);
+        }
+    }
+}
+
+struct Range<'a> {
+    first: usize,
+    out: &'a mut [f32],
+}
+
+impl Divide for Range<'_> {
+    fn len(&self) -> usize {
+        self.out.len()
+    }
+    fn divide(self, at: usize) -> (Self, Self) {
+        let (a, b) = self.out.split_at_mut(at);
+        (Range { first: self.first, out: a }, Range { first: self.first + at, out: b })
+    }
+}

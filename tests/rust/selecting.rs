@@ -1,0 +1,222 @@
+use half::{bf16, f16};
+use proptest::prelude::*;
+use retouch::Error;
+use retouch::kernel::select::{Order, threshold, topk, topk_rows};
+use retouch::num::Element;
+use retouch::view::Positions;
+
+const ORDERS: [Order; 2] = [Order::Largest, Order::Smallest];
+
+fn plain(p: &Positions) -> Vec<usize> {
+    match p {
+        Positions::Small(v) => v.iter().map(|x| *x as usize).collect(),
+        Positions::Large(v) => v.iter().map(|x| *x as usize).collect(),
+    }
+}
+
+fn named<T>(parts: &[Vec<T>]) -> Vec<(&str, &[T])> {
+    parts.iter().map(|x| ("w", x.as_slice())).collect()
+}
+
+/// Larger is better.
+fn merit<T: Element>(x: T, order: Order, absolute: bool) -> f32 {
+    let x = if absolute { x.to_f32().abs() } else { x.to_f32() };
+    if order == Order::Largest { x } else { -x }
+}
+
+/// The definition: a stable sort, best first, and then the first k.
+fn oracle<T: Element>(parts: &[Vec<T>], k: usize, order: Order, absolute: bool) -> Vec<Vec<usize>> {
+    let mut all: Vec<(f32, usize, usize)> = Vec::new();
+    for (p, x) in parts.iter().enumerate() {
+        all.extend(x.iter().enumerate().map(|(i, x)| (merit(*x, order, absolute), p, i)));
+    }
+    all.sort_by(|a, b| b.0.partial_cmp(&a.0).unwrap());
+    let mut out = vec![Vec::new(); parts.len()];
+    all[..k].iter().for_each(|(_, p, i)| out[*p].push(*i));
+    out.iter_mut().for_each(|x| x.sort_unstable());
+    out
+}
+
+fn check<T: Element>(parts: &[Vec<T>], k: usize) {
+    for order in ORDERS {
+        for absolute in [false, true] {
+            let want = oracle(parts, k, order, absolute);
+            for threads in 1..=3 {
+                let got = topk(threads, &named(parts), k, order, absolute).unwrap();
+                let got: Vec<_> = got.iter().map(plain).collect();
+                assert!(got == want, "k={k} {order:?} absolute={absolute} threads={threads}");
+            }
+        }
+    }
+}
+
+/// Scores of several flavours: continuous, heavily tied, with infinities and both zeros.
+fn score() -> impl Strategy<Value = f32> {
+    prop_oneof![
+        3 => -2.0f32..2.0,
+        2 => prop_oneof![Just(0.0f32), Just(-0.0), Just(1.0), Just(-1.0)],
+        1 => prop_oneof![Just(f32::INFINITY), Just(f32::NEG_INFINITY), Just(f32::MIN_POSITIVE)],
+    ]
+}
+
+fn cast<T: Element>(parts: &[Vec<f32>]) -> Vec<Vec<T>> {
+    parts.iter().map(|x| x.iter().map(|x| T::from_f32(*x)).collect()).collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+    #[test]
+    fn topk_is_a_stable_sort(
+        parts in prop::collection::vec(prop::collection::vec(score(), 0..70), 1..6),
+        share in 0.0f64..=1.0,
+    ) {
+        let n: usize = parts.iter().map(Vec::len).sum();
+        let k = (n as f64 * share) as usize;
+        check::<f32>(&parts, k);
+        check::<f16>(&cast(&parts), k);
+        check::<bf16>(&cast(&parts), k);
+    }
+
+    #[test]
+    fn rows_are_separate_topks(
+        row_len in 1usize..40,
+        rows in 0usize..9,
+        seed in prop::collection::vec(score(), 360),
+        share in 0.0f64..=1.0,
+        absolute: bool,
+    ) {
+        let scores = &seed[..row_len * rows];
+        let k = (row_len as f64 * share) as usize;
+        for order in ORDERS {
+            let want: Vec<usize> = scores.chunks(row_len).enumerate().flat_map(|(r, row)| {
+                let one = oracle(&[row.to_vec()], k, order, absolute);
+                one[0].iter().map(|i| r * row_len + i).collect::<Vec<_>>()
+            }).collect();
+            for threads in 1..=3 {
+                let got = topk_rows(threads, "w", scores, row_len, k, order, absolute).unwrap();
+                prop_assert_eq!(plain(&got), want.clone());
+            }
+        }
+    }
+
+    #[test]
+    fn threshold_is_a_comparison(
+        parts in prop::collection::vec(prop::collection::vec(score(), 0..70), 1..4),
+        t in score(),
+        absolute: bool,
+    ) {
+        for order in ORDERS {
+            let reaches = |x: f32| {
+                let x = if absolute { x.abs() } else { x };
+                if order == Order::Largest { x >= t } else { x <= t }
+            };
+            let got = threshold(2, &named(&parts), t, order, absolute).unwrap();
+            for (got, part) in got.iter().zip(&parts) {
+                let want: Vec<_> = (0..part.len()).filter(|i| reaches(part[*i])).collect();
+                prop_assert_eq!(plain(got), want);
+            }
+        }
+    }
+}
+
+/// A cheap generator for large inputs.
+fn noise(n: usize, mut state: u64) -> Vec<f32> {
+    let mut next = || {
+        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (state >> 40) as f32 / (1u64 << 24) as f32 - 0.5
+    };
+    (0..n).map(|_| next() + next() + next()).collect()
+}
+
+#[test]
+fn topk_of_many_chunks() {
+    // Sizes around the chunk boundary, one empty part, one of a single element.
+    let sizes = [65_536, 65_537, 1, 0, 200_000, 65_535, 63];
+    let parts: Vec<_> = sizes.iter().enumerate().map(|(i, n)| noise(*n, i as u64)).collect();
+    let n: usize = sizes.iter().sum();
+    for k in [1, 37, n / 1000, n / 100, n / 2, n - 1, n] {
+        check(&parts, k);
+    }
+    check(&cast::<bf16>(&parts), n / 100); // bf16 ties heavily
+    check(&cast::<f16>(&parts), n / 100);
+}
+
+#[test]
+fn topk_of_massive_ties() {
+    let n = 300_000;
+    let equal = vec![vec![0.25f32; n], vec![0.25; n / 3]];
+    let mut half = vec![noise(n, 1), noise(n / 3, 2)];
+    half.iter_mut().flatten().step_by(2).for_each(|x| *x = 0.0);
+    let mut few = vec![noise(n, 3)];
+    few[0].iter_mut().for_each(|x| *x = (*x * 4.0).round());
+    for k in [1, n / 2, n, n + n / 3] {
+        check(&equal, k);
+        check(&half, k);
+    }
+    check(&few, n / 3);
+    // Sorted data defeats a sample that reads only part of it.
+    let rising = vec![(0..n).map(|i| i as f32).collect::<Vec<_>>()];
+    check(&rising, n / 100);
+    // A step: the k best are all in one place that a stride can miss.
+    let mut step = vec![vec![0.0f32; n]];
+    step[0][n / 2..n / 2 + 40].fill(1.0);
+    check(&step, 20);
+    check(&step, 60);
+}
+
+#[test]
+fn zeros_of_both_signs_are_equal() {
+    let parts = [vec![-0.0f32, 0.0, -0.0, 0.0]];
+    for order in ORDERS {
+        for absolute in [false, true] {
+            let got = topk(1, &named(&parts), 2, order, absolute).unwrap();
+            assert_eq!(plain(&got[0]), [0, 1]);
+        }
+    }
+}
+
+#[test]
+fn budgets_are_exact() {
+    let parts = [vec![3.0f32, 1.0], vec![2.0, 4.0, 0.0]];
+    let all = |k| topk(2, &named(&parts), k, Order::Largest, false);
+    let counts = |k| all(k).unwrap().iter().map(Positions::len).collect::<Vec<_>>();
+    assert_eq!(counts(0), [0, 0]);
+    assert_eq!(counts(3), [1, 2]);
+    assert_eq!(counts(5), [2, 3]);
+    assert!(matches!(all(6), Err(Error::Budget { k: 6, eligible: 5 })));
+    let none: Vec<(&str, &[f32])> = Vec::new();
+    assert!(topk(2, &none, 0, Order::Largest, false).unwrap().is_empty());
+    let rows = topk_rows(1, "w", &[1.0f32; 6], 3, 4, Order::Largest, false);
+    assert!(matches!(rows, Err(Error::Budget { k: 4, eligible: 3 })));
+    assert!(topk_rows(1, "w", &[1.0f32; 6], 4, 1, Order::Largest, false).is_err());
+    assert!(topk_rows::<f32>(1, "w", &[], 0, 0, Order::Largest, false).unwrap().is_empty());
+}
+
+#[test]
+fn nan_is_named_with_its_first_position() {
+    fn of<T: Element>(nan: T) {
+        let mut parts = [("a", vec![T::from_f32(1.0); 7]), ("b", vec![T::from_f32(0.0); 200_000])];
+        (parts[1].1[150_000], parts[1].1[70_001]) = (nan, nan);
+        let parts: Vec<_> = parts.iter().map(|(n, x)| (*n, x.as_slice())).collect();
+        for order in ORDERS {
+            for absolute in [false, true] {
+                let rows = topk_rows(2, "b", parts[1].1, 1000, 3, order, absolute).map(|_| ());
+                for k in [0, 1, 1000, 200_007] {
+                    let all = topk(2, &parts, k, order, absolute).map(|_| ());
+                    let some = threshold(2, &parts, 0.5, order, absolute).map(|_| ());
+                    for got in [&all, &some, &rows] {
+                        let Err(Error::NotANumber { name, position }) = got else {
+                            panic!("{got:?}");
+                        };
+                        assert_eq!((name.as_str(), *position), ("b", 70_001));
+                    }
+                }
+            }
+        }
+    }
+    of(f32::NAN);
+    of(-f32::NAN);
+    of(f16::NAN);
+    of(bf16::from_bits(0xff81)); // negative, signalling
+    assert!(threshold(1, &[("a", &[1.0f32][..])], f32::NAN, Order::Largest, false).is_err());
+}
