@@ -94,10 +94,12 @@ def test_each_step_is_within_an_ulp_of_torch(name, data):
         optimizer.step()
         reference.step()
         for p, t, old in zip(params, twins, before, strict=True):
-            # Near zero, where a step ends close to cancellation, an ulp of what was added counts.
-            size = torch.maximum(old.abs(), (t.detach() - old).abs())
-            unit = torch.finfo(torch.float32).eps * size
-            assert ((ulps(p, t) <= 1) | ((p - t).abs() <= unit)).all()
+            # Torch's square root may err by an ulp, which grows to a few ulps of what is added; it
+            # shows where that is about as large as the weight itself.
+            decay = 1 - options["lr"] * options["weight_decay"] * (name == "AdamW")
+            added = (t.detach() - decay * old).abs()
+            unit = torch.finfo(torch.float32).eps * added
+            assert ((ulps(p, t) <= 1) | ((p - t).abs() <= 4 * unit)).all()
             for key, item in reference.state[t].items():
                 if item is not None and key != "step":
                     mine = optimizer.state[p][key]
