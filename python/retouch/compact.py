@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from retouch import ops
 from retouch.binding import Binding, Part, innermost
 from retouch.errors import BudgetError, EngineError, FormatError, FrozenError, MaskError
-from retouch.masks import Mask, Selection
+from retouch.masks import Mask, Selection, own_parameters
 from retouch.slots import (
     PLACE,
     Container,
@@ -37,7 +37,6 @@ from retouch.slots import (
     Slot,
     buffers,
     lookup,
-    parameters,
     register,
     same_bits,
     some,
@@ -84,7 +83,7 @@ class Engine(Container):
         self._values: dict[str, nn.Parameter] = {}
         self._names: dict[int, str] = {}  # id of a compact value -> name of its weight
         self._bindings: list[Binding] = []
-        self._flags = [(p, p.requires_grad) for _, p in parameters(model)]
+        self._flags = [(p, p.requires_grad) for _, p in own_parameters(model)]
         self.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
 
     # --- the model -----------------------------------------------------------------------------
@@ -174,7 +173,7 @@ class Engine(Container):
                 f"weights have moved since the mask was set ({some(moved)}); revert them, "
                 f"or {_AGAIN}"
             )
-        known = dict(parameters(model))
+        known = dict(own_parameters(model))
         for name in chosen:
             _check_trainable(name, known[name])
         live = [b for b in self._bindings if b.optimizer is not None]
@@ -211,7 +210,7 @@ class Engine(Container):
             FormatError: Sizes or dtypes that do not fit together.
         """
         model = self.owner()
-        known = dict(parameters(model))
+        known = dict(own_parameters(model))
         for name, (selection, value, base, _) in parts.items():
             param = known.get(name)
             if param is None or tuple(param.shape) != selection.shape:
@@ -244,7 +243,8 @@ class Engine(Container):
         return {"hashes": self._hashes, "metadata": metadata}
 
     def _take_base(self, model: nn.Module) -> None:
-        self._hashes = {n: ops.fingerprint(p) for n, p in parameters(model) if self._fingerprint}
+        named = own_parameters(model) if self._fingerprint else ()
+        self._hashes = {name: ops.fingerprint(p) for name, p in named}
         self.base_buffers = {n: b.detach().cpu().clone() for n, b in buffers(model)}
 
     def _fill(
@@ -256,7 +256,7 @@ class Engine(Container):
         old = self.slots.get(name)
         if old is not None:
             old.unwatch()
-        if parameter.shape != value.shape or not _same(old, selection):
+        if old is None or old.selection.kind != selection.kind or old.selection != selection:
             parameter.data = value.clone()
             parameter.grad = None
             for binding in self._bindings:
@@ -282,7 +282,7 @@ class Engine(Container):
             binding.reset(slot.value)
 
     def _freeze_rest(self, model: nn.Module) -> None:
-        for name, param in parameters(model):
+        for name, param in own_parameters(model):
             if name not in self.slots:
                 param.requires_grad_(False)
                 param.grad = None  # else it would count in clip_grad_norm_
@@ -304,7 +304,7 @@ class Engine(Container):
         self._bindings = [b for b in self._bindings if b.optimizer is not None]
         if any(b.optimizer is inner for b in self._bindings):
             return
-        names = {id(p): name for name, p in parameters(self.owner())}
+        names = {id(p): name for name, p in own_parameters(self.owner())}
         direct = [names[id(p)] for g in inner.param_groups for p in g["params"] if id(p) in names]
         if direct:
             raise EngineError(
@@ -355,7 +355,7 @@ class Engine(Container):
             did not).
         """
         selected = sum(slot.selection.count for slot in self.slots.values())
-        total = sum(p.numel() for _, p in parameters(self.owner()))
+        total = sum(p.numel() for _, p in own_parameters(self.owner()))
         delta = 0
         for slot in self.slots.values():
             index = slot.selection.index
@@ -381,7 +381,7 @@ class Engine(Container):
                 "there are no fingerprints: the model was wrapped with fingerprint=False"
             )
         model, touched = self.owner(), []
-        known = dict(parameters(model))
+        known = dict(own_parameters(model))
         for name, param in known.items():
             slot = self.slots.get(name)
             if slot is None:
@@ -450,13 +450,6 @@ def _check_trainable(name: str, param: Tensor) -> None:
             f"{name} is a {type(param).__name__} of {param.dtype} on {param.device}; wanted a "
             "dense floating-point parameter"
         )
-
-
-def _same(old: Slot | None, new: Selection) -> bool:
-    if old is None or old.selection.kind != new.kind:
-        return False
-    a, b = old.selection.index, new.index
-    return a is b or (a is not None and b is not None and torch.equal(a.cpu(), b.cpu()))
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

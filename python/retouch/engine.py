@@ -13,8 +13,8 @@ from retouch import ops
 from retouch.binding import innermost
 from retouch.compact import Engine, Untouched
 from retouch.errors import EngineError, HyperparameterError
-from retouch.masks import Mask, Selection
-from retouch.slots import PLACE, Copy, Slot, parameters, some
+from retouch.masks import Mask, Selection, own_parameters
+from retouch.slots import PLACE, Copy, Slot, some
 
 __all__ = [
     "Engine",
@@ -60,7 +60,7 @@ def install(model: nn.Module, mask: Mask | None = None, *, fingerprint: bool = T
         if mask is not None:
             engine.set_mask(mask)
         else:
-            for name, param in parameters(model):
+            for name, param in own_parameters(model):
                 if param.is_floating_point():
                     engine.value_for(name)
             engine._freeze_rest(model)
@@ -136,7 +136,7 @@ def wrap(
         raise HyperparameterError(
             f"{some(kwargs)}: options are for an optimizer class; an instance has its own"
         )
-    names = {id(p): name for name, p in parameters(model)}
+    names = {id(p): name for name, p in own_parameters(model)}
     engine = install(model, mask, fingerprint=fingerprint)
     try:
         if is_class:

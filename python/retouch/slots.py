@@ -16,13 +16,6 @@ from retouch.masks import Selection
 PLACE = "_retouch"
 
 
-def parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The model's own parameters, each tied one once."""
-    for name, param in model.named_parameters():
-        if not name.startswith(f"{PLACE}."):
-            yield name, param
-
-
 def buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The persistent buffers."""
     for path, module in model.named_modules():
