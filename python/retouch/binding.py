@@ -133,6 +133,7 @@ class Binding:
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         self._engine.check()
+        self._engine.check_groups(optimizer)
         slots = list(self.slots())
         for slot in slots:
             slot.fused = None

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from retouch import ops
 from retouch.binding import Binding, Part, innermost
@@ -84,6 +85,7 @@ class Engine(Container):
         self._names: dict[int, str] = {}  # id of a compact value -> name of its weight
         self._bindings: list[Binding] = []
         self._flags = [(p, p.requires_grad) for _, p in own_parameters(model)]
+        self._weights = {id(p): name for name, p in own_parameters(model)}  # _flags holds them
         self.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
 
     # --- the model -----------------------------------------------------------------------------
@@ -304,14 +306,19 @@ class Engine(Container):
         self._bindings = [b for b in self._bindings if b.optimizer is not None]
         if any(b.optimizer is inner for b in self._bindings):
             return
-        names = {id(p): name for name, p in own_parameters(self.owner())}
-        direct = [names[id(p)] for g in inner.param_groups for p in g["params"] if id(p) in names]
+        self.check_groups(inner)
+        self._bindings.append(Binding(self, inner))
+
+    def check_groups(self, optimizer: Optimizer) -> None:
+        """Raises EngineError if an optimizer holds weights of the model themselves."""
+        names = self._weights
+        held = (id(p) for group in optimizer.param_groups for p in group["params"])
+        direct = [names[key] for key in held if key in names]
         if direct:
             raise EngineError(
                 f"the optimizer steps weights themselves ({some(direct)}), which would move "
                 "frozen coordinates; build it over the compact values, or use retouch.wrap"
             )
-        self._bindings.append(Binding(self, inner))
 
     def sync_from_weights(self) -> None:
         """Takes over weights written from outside; masters that round to them are kept."""

@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import pickle
 import weakref
 
 import pytest
@@ -19,35 +18,23 @@ from training import (
     loss_of,
     mixed_mask,
     net,
-    own,
+    own_weights,
     positions,
     snapshot,
     train,
+    wrapped,
 )
-from transformers import LlamaForCausalLM
 
 import retouch
 from retouch.engine import get_engine, install, wrap
 from retouch.errors import (
     BudgetError,
     EngineError,
-    FrozenError,
     HyperparameterError,
     LayoutError,
     MaskError,
 )
 from retouch.masks import Mask, Selection
-
-
-def wrapped(model=None, mask=None, cls=torch.optim.AdamW, **options):
-    model = net() if model is None else model
-    mask = element_mask(model) if mask is None else mask
-    return model, mask, wrap(cls, mask, model, **{"lr": 1e-2, **options})
-
-
-def own_weights(model):
-    return [p for _, p in own(model)]
-
 
 # --- what it adds --------------------------------------------------------------------------------
 
@@ -258,6 +245,24 @@ def test_gradients_from_before_the_wrap_are_kept_for_the_selected_only():
     assert_same(snapshot(model), snapshot(reference.model))
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_model():
+    model, plain = net(), net()
+    optimizer = wrap(torch.optim.AdamW, element_mask(model), model, lr=1e-2)
+    compiled = torch.compile(model, backend="aot_eager")
+    assert get_engine(compiled) is get_engine(model)
+    reference = wrap(torch.optim.AdamW, element_mask(plain), plain, lr=1e-2)
+    for step in range(3):
+        compiled(batch(step)).square().mean().backward()
+        loss_of(plain, batch(step)).backward()
+        for o in (optimizer, reference):
+            o.step()
+            o.zero_grad()
+    for a, b in zip(snapshot(model).values(), snapshot(plain).values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    retouch.verify_untouched(model)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_autocast(dtype):
     model = net(dtype)
@@ -268,483 +273,6 @@ def test_autocast(dtype):
     loss.backward()
     optimizer.step()
     assert_frozen(before, model, mask)
-
-
-# --- the optimizer's surroundings ----------------------------------------------------------------
-
-
-def test_grad_scaler_unscales_and_skips():
-    model, plain = net(), net()
-    mask = element_mask(model)
-    optimizer = wrap(torch.optim.AdamW, mask, model, lr=1e-2)
-    reference = wrap(torch.optim.AdamW, element_mask(plain), plain, lr=1e-2)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    for step in range(6):
-        loss = loss_of(model, batch(step))
-        if step == 2:
-            before, state = snapshot(model), copy.deepcopy(optimizer.state_dict()["state"])
-            loss = loss * float("inf")
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), 0.1)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        if step == 2:  # an overflow leaves weights and state alone
-            assert_same(snapshot(model), before)
-            for i, entries in optimizer.state_dict()["state"].items():
-                assert all(torch.equal(v, state[i][k]) for k, v in entries.items())
-            continue
-        loss_of(plain, batch(step)).backward()
-        torch.testing.assert_close(norm, nn.utils.clip_grad_norm_(plain.parameters(), 0.1))
-        reference.step()
-        reference.zero_grad()
-    for a, b in zip(snapshot(model).values(), snapshot(plain).values(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-    assert scaler.get_scale() == 512.0
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda t: 1 / (t + 1)),
-        lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=0.1, total_steps=9),
-        lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 5),
-    ],
-    ids=["LambdaLR", "OneCycleLR", "CosineAnnealingLR"],
-)
-@pytest.mark.parametrize("late", [False, True], ids=["wrap-then-schedule", "schedule-then-wrap"])
-def test_schedulers(make, late):
-    model = net()
-    mask = element_mask(model)
-    reference = Reference(model, mask, lambda p: torch.optim.AdamW(p, lr=1e-2))
-    theirs = make(reference.optimizer)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    if late:
-        scheduler = make(optimizer)
-        wrap(optimizer, mask, model)
-    else:
-        wrap(optimizer, mask, model)
-        scheduler = make(optimizer)
-    for step in range(6):
-        train(model, optimizer, [step], scheduler=scheduler)
-        reference.train([step])
-        theirs.step()
-        assert scheduler.get_last_lr() == theirs.get_last_lr()
-    assert_same(snapshot(model), snapshot(reference.model))
-
-
-def test_reduce_on_plateau():
-    model, _, optimizer = wrapped(lr=1.0)
-    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
-    for metric in (1.0, 2.0, 3.0):
-        train(model, optimizer, [0])
-        scheduler.step(metric)
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.01)
-
-
-def test_closures_see_the_weights_that_are_tried():
-    model = net()
-    mask = element_mask(model)
-    options = {"lr": 0.5, "max_iter": 8, "line_search_fn": "strong_wolfe"}
-    reference = Reference(model, mask, lambda p: torch.optim.LBFGS(p, **options))
-    optimizer = wrap(torch.optim.LBFGS(model.parameters(), **options), mask, model)
-
-    def ours():
-        optimizer.zero_grad()
-        loss = loss_of(model, batch(0))
-        loss.backward()
-        return loss
-
-    def theirs():
-        reference.write()
-        reference.optimizer.zero_grad()
-        loss = loss_of(reference.model, batch(0))
-        reference.backward(loss)
-        return loss
-
-    for _ in range(2):
-        assert torch.equal(optimizer.step(ours), reference.optimizer.step(closure=theirs))
-        reference.write()
-        assert_same(snapshot(model), snapshot(reference.model))
-    assert torch.equal(optimizer.step(closure=ours), reference.optimizer.step(theirs))
-
-
-def test_optimizers_that_swap_their_parameters_for_evaluation():
-    class Averaged(torch.optim.SGD):
-        """Keeps a mean; `eval` puts it in place of the parameters, `train` takes it out again."""
-
-        def swap(self):
-            for group in self.param_groups:
-                for p in group["params"]:
-                    mean = self.state[p].setdefault("mean", torch.zeros_like(p))
-                    held = p.data.clone()
-                    p.data.copy_(mean)
-                    mean.copy_(held)
-
-        def train(self):
-            self.swap()
-
-        def eval(self):
-            self.swap()
-
-    model, mask, optimizer = wrapped(cls=Averaged, lr=0.1)
-    before = snapshot(model)
-    train(model, optimizer, [0])
-    trained = snapshot(model)
-    optimizer.eval()
-    for name, slot in get_engine(model).slots.items():
-        assert not slot.param.detach().reshape(-1)[slot.selection.flat().long()].any(), name
-    optimizer.train()
-    assert_same(snapshot(model), trained)
-    assert_frozen(before, model, mask)
-    retouch.unwrap(model)
-    optimizer.eval()  # the optimizer's own again: the model is plain
-    assert_same(snapshot(model), trained)
-
-
-def test_hooks_fire_once_a_step():
-    torch.optim.AdamW([torch.ones(1, requires_grad=True)])  # patches the class
-    model, _, optimizer = wrapped()
-    steps = []
-    optimizer.register_step_post_hook(lambda *_: steps.append(snapshot(model)))
-    before = snapshot(model)
-    train(model, optimizer, [0])
-    assert len(steps) == 1
-    assert any(not torch.equal(before[n], w) for n, w in steps[0].items())  # already written
-
-
-def test_groups_are_edited_in_place():
-    model = net()
-    mask = element_mask(model)
-    groups = [
-        {"params": [("up.weight", model.up.weight), ("up.bias", model.up.bias)], "lr": 0.1},
-        {"params": [("down.weight", model.down.weight)], "weight_decay": 0.5},
-        {"params": [(n, p) for n, p in model.named_parameters() if n.split(".")[0] in
-                    ("embed", "conv", "norm")]},
-    ]  # fmt: skip
-    optimizer = torch.optim.AdamW(groups, lr=1e-3)
-    held, lists = list(optimizer.param_groups), [g["params"] for g in optimizer.param_groups]
-    wrap(optimizer, mask, model)
-    slots = get_engine(model).slots
-    assert all(a is b for a, b in zip(held, optimizer.param_groups, strict=True))
-    assert all(g["params"] is x for g, x in zip(held, lists, strict=True))
-    assert [g["lr"] for g in held] == [0.1, 1e-3, 1e-3]
-    assert [g["weight_decay"] for g in held] == [1e-2, 0.5, 1e-2]
-    assert held[0]["params"] == [slots["up.weight"].value, slots["up.bias"].value]
-    assert held[0]["param_names"] == ["up.weight", "up.bias"]
-    assert held[1]["params"] == [] and held[1]["param_names"] == []  # frozen by the mask
-    before = snapshot(model)
-    train(model, optimizer, range(3))
-    assert_frozen(before, model, mask)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_state_of_a_used_optimizer_is_cut_down(dtype):
-    model = net(dtype)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    train(model, optimizer, range(3))
-    dense = {n: copy.deepcopy(optimizer.state[p]) for n, p in model.named_parameters()}
-    mask = mixed_mask(model)
-    wrap(optimizer, mask, model)
-    slots = get_engine(model).slots
-    assert set(optimizer.state) == {slot.value for slot in slots.values()}
-    for name, slot in slots.items():
-        state, flat = optimizer.state[slot.value], slot.selection.flat().long()
-        assert state["step"] == 3
-        for key in ("exp_avg", "exp_avg_sq"):
-            assert state[key].shape == slot.value.shape
-            want = dense[name][key].reshape(-1)[flat].float()
-            assert torch.equal(state[key].reshape(-1), want)
-    before = snapshot(model)
-    train(model, optimizer, range(3, 6))
-    assert_frozen(before, model, mask)
-
-
-def test_factored_state_cannot_be_cut_down():
-    model = net()
-    optimizer = torch.optim.Adafactor(model.parameters(), lr=1e-2)
-    train(model, optimizer, [0])
-    with pytest.raises(EngineError, match=r"row_var.*first step"):
-        wrap(optimizer, element_mask(model), model)
-    assert "_retouch" not in dict(model.named_modules())
-    assert all(p.requires_grad for p in model.parameters())
-    train(model, optimizer, [1])  # the optimizer is as it was
-
-
-def test_a_mask_may_come_after_the_optimizer():
-    model, eager = net(), net()
-    engine = install(model)
-    values = list(engine.parameters())
-    assert len(values) == len(snapshot(model)) and not any(v.numel() for v in values)
-    assert not any(p.requires_grad for p in own_weights(model))
-    optimizer = torch.optim.AdamW(values, lr=1e-2)
-    engine.bind(optimizer)
-    before = snapshot(model)
-    optimizer.step()
-    mask = mixed_mask(model)
-    engine.set_mask(mask)
-    assert all(a is b for a, b in zip(values, engine.parameters(), strict=True))
-    train(model, optimizer, range(4), clip=0.1)
-    assert_frozen(before, model, mask)
-    train(eager, wrap(torch.optim.AdamW, mixed_mask(eager), eager, lr=1e-2), range(4), clip=0.1)
-    assert_same(snapshot(model), snapshot(eager))
-    retouch.verify_untouched(model)
-
-
-def test_adagrad_makes_its_state_before_the_mask_is_known():
-    model, eager = net(), net()
-    options = {"lr": 1e-2, "initial_accumulator_value": 0.25}
-    engine = install(model)
-    optimizer = torch.optim.Adagrad(engine.parameters(), **options)
-    engine.bind(optimizer)
-    engine.set_mask(element_mask(model))
-    train(model, optimizer, range(3))
-    train(eager, wrap(torch.optim.Adagrad, element_mask(eager), eager, **options), range(3))
-    assert_same(snapshot(model), snapshot(eager))
-
-
-def test_the_mask_may_change_until_something_has_moved():
-    model, first, optimizer = wrapped()
-    second = Mask({n: ~s for n, s in first.items() if (~s).count}, model)
-    before = snapshot(model)
-    engine = get_engine(model)
-    engine.set_mask(second)
-    assert engine.mask is second
-    train(model, optimizer, range(2))
-    assert_frozen(before, model, second)
-    with pytest.raises(EngineError, match="have moved"):
-        engine.set_mask(first)
-    assert engine.mask is second
-    train(model, optimizer, range(2, 4))
-    assert_frozen(before, model, second)
-
-
-def test_a_new_mask_needs_an_optimizer_that_holds_its_values():
-    model, mask, _ = wrapped()
-    frozen = next(n for n in snapshot(model) if n not in mask)
-    other = Mask({frozen: Selection("all", tuple(snapshot(model)[frozen].shape), None)}, model)
-    with pytest.raises(EngineError, match=f"built without {frozen}"):
-        get_engine(model).set_mask(other)
-
-
-# --- checkpoints and copies of the model ---------------------------------------------------------
-
-
-def test_checkpoints_have_the_models_own_keys(tmp_path):
-    plain, model = llama(), llama()
-    before = snapshot(model)
-    _, mask, optimizer = wrapped(model)
-    assert list(model.state_dict()) == list(plain.state_dict())
-    assert list(model._retouch.state_dict()) == []
-    train(model, optimizer, range(2))
-    plain.load_state_dict(model.state_dict(), strict=True)
-    assert_same(snapshot(plain), snapshot(model))
-    model.save_pretrained(tmp_path)
-    loaded = LlamaForCausalLM.from_pretrained(tmp_path)
-    assert_same(snapshot(loaded), snapshot(model))
-    assert_frozen(before, loaded, mask)
-    model.load_state_dict(llama(seed=5).state_dict(), strict=True)  # and demands none of its own
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_loading_weights_keeps_the_values_that_round_to_them(dtype):
-    model, _, optimizer = wrapped(net(dtype))
-    train(model, optimizer, range(3))
-    engine = get_engine(model)
-    values = {n: s.value.detach().clone() for n, s in engine.slots.items()}
-    weights = copy.deepcopy(model.state_dict())
-    model.load_state_dict(weights)
-    assert all(torch.equal(engine.slots[n].value, v) for n, v in values.items())
-    other = net(dtype, seed=3)
-    model.load_state_dict(other.state_dict())
-    for name, slot in engine.slots.items():
-        flat = dict(other.named_parameters())[name].detach().reshape(-1)
-        assert torch.equal(slot.value.to(dtype), flat[slot.selection.flat().long()])
-
-
-def test_weights_written_behind_the_engines_back_are_taken_over():
-    model, _, optimizer = wrapped(cls=torch.optim.SGD, lr=0.0)
-    with torch.no_grad():
-        model.up.weight.fill_(2.0)
-    train(model, optimizer, [0])
-    assert torch.equal(model.up.weight, torch.full_like(model.up.weight, 2.0))
-    model.up.load_state_dict({"weight": torch.full((20, 12), 3.0), "bias": torch.zeros(20)})
-    train(model, optimizer, [0])
-    assert torch.equal(model.up.weight, torch.full_like(model.up.weight, 3.0))
-
-
-@pytest.mark.parametrize("way", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_a_copy_is_a_plain_model_that_says_so(way):
-    model, mask, optimizer = wrapped(llama())
-    train(model, optimizer, [0])
-    twin = way(model)
-    assert_same(snapshot(twin), snapshot(model))
-    assert list(twin.state_dict()) == list(model.state_dict())
-    with pytest.raises(EngineError, match=r"deep copy .* wrap it again"):
-        get_engine(twin)
-    held = snapshot(twin)
-    train(model, optimizer, [1])
-    assert_same(snapshot(twin), held)
-    again = wrap(torch.optim.AdamW, Mask(dict(mask), twin), twin, lr=1e-2)
-    train(twin, again, [1])
-    assert_frozen(held, twin, mask)
-    other = way(model)
-    retouch.unwrap(other)
-    assert "_retouch" not in dict(other.named_children())
-
-
-def test_replaced_and_resized_parameters_are_noticed():
-    model, _, optimizer = wrapped(llama(tied=False))
-    model.resize_token_embeddings(120)
-    loss_of(model, batch(0)).backward()
-    with pytest.raises(EngineError, match=r"embed_tokens\.weight .*unwrap"):
-        optimizer.step()
-
-
-def test_a_replaced_layer_is_noticed():
-    model, _, optimizer = wrapped()
-    model.up = nn.Linear(12, 20)
-    with pytest.raises(EngineError, match=r"up\.weight is not the tensor that was wrapped"):
-        optimizer.step()
-
-
-def test_assigned_weights_are_noticed():
-    model, _, optimizer = wrapped()
-    model.load_state_dict(net().state_dict(), assign=True)
-    with pytest.raises(EngineError, match="assign=True"):
-        optimizer.step()
-
-
-def test_a_cast_of_the_model_is_noticed():
-    model, _, optimizer = wrapped()
-    values = [s.value.detach().clone() for s in get_engine(model).slots.values()]
-    model.to(torch.bfloat16)
-    for slot, value in zip(get_engine(model).slots.values(), values, strict=True):
-        assert torch.equal(slot.value, value)  # float32 still
-    with pytest.raises(EngineError, match=r"was cast from torch.float32 to torch.bfloat16"):
-        optimizer.step()
-
-
-def test_a_cast_of_the_values_is_noticed():
-    model, _, optimizer = wrapped()
-    slot = get_engine(model).slots["up.weight"]
-    slot.value.data = slot.value.data.to(torch.bfloat16)
-    with pytest.raises(EngineError, match=r"up\.weight has a compact value of torch.bfloat16"):
-        optimizer.step()
-
-
-# --- verify, base, metrics -----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_verify_finds_a_single_flipped_bit(dtype):
-    model, mask, optimizer = wrapped(net(dtype), mixed_mask(net(dtype)))
-    train(model, optimizer, range(2))
-    report = retouch.verify_untouched(model)
-    assert (report.parameters, report.buffers_changed) == (len(snapshot(model)), [])
-    assert report.frozen == len(snapshot(model)) - len(mask)
-    for name, p in model.named_parameters():
-        if name.startswith("_retouch.") or (name in mask and mask[name].kind == "all"):
-            continue
-        off = torch.ones(p.numel(), dtype=torch.bool)
-        if name in mask:
-            off[mask[name].flat().long()] = False
-        place = off.nonzero()[-1]
-        raw = bits(p).reshape(-1)
-        raw[place] ^= 1
-        with pytest.raises(FrozenError, match=f"1 parameters have changed .*: {name}$"):
-            retouch.verify_untouched(model)
-        raw[place] ^= 1
-    assert retouch.verify_untouched(model) == report
-
-
-def test_verify_lists_buffers_and_missing_parameters():
-    model, _, _ = wrapped()
-    model.seen += 1
-    assert retouch.verify_untouched(model).buffers_changed == ["seen"]
-    del model.down
-    with pytest.raises(FrozenError, match=r"down\.weight \(gone\)"):
-        retouch.verify_untouched(model)
-
-
-def test_verify_needs_fingerprints():
-    model = net()
-    wrap(torch.optim.SGD, element_mask(model), model, fingerprint=False, lr=0.1)
-    with pytest.raises(EngineError, match="fingerprint=False"):
-        retouch.verify_untouched(model)
-
-
-def test_base_weights_is_a_reference_model():
-    model, _, optimizer = wrapped(llama())
-    base = llama()
-    train(model, optimizer, range(3))
-    after, engine = snapshot(model), get_engine(model)
-    policy = model(batch(0)).logits
-    with engine.base_weights():
-        with engine.base_weights(), torch.no_grad():
-            assert torch.equal(model(batch(0)).logits, base(batch(0)).logits)
-        assert torch.equal(model(batch(0)).logits, base(batch(0)).logits)
-    assert_same(snapshot(model), after)
-    assert torch.equal(model(batch(0)).logits, policy)
-    policy.square().mean().backward()  # a graph from before the swap is still right
-    optimizer.step()
-
-
-def test_base_weights_gives_the_weights_back_after_an_error():
-    model, _, optimizer = wrapped()
-    train(model, optimizer, range(2))
-    after, engine = snapshot(model), get_engine(model)
-    with pytest.raises(ZeroDivisionError), engine.base_weights():
-        raise ZeroDivisionError
-    assert_same(snapshot(model), after)
-
-
-def test_no_training_on_the_base():
-    model, _, optimizer = wrapped()
-    train(model, optimizer, range(2))
-    after = snapshot(model)
-    engine = get_engine(model)
-    with engine.base_weights():
-        loss = loss_of(model, batch(0))
-        with pytest.raises(EngineError, match="inside of base_weights"):
-            loss.backward()
-        with pytest.raises(EngineError, match="inside of base_weights"):
-            optimizer.step()
-        with pytest.raises(EngineError, match="inside of base_weights"):
-            retouch.unwrap(model)
-        inside = loss_of(model, batch(0))
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        inside.backward()
-    assert_same(snapshot(model), after)
-
-
-def test_metrics():
-    model = net(torch.bfloat16)
-    mask = element_mask(model)
-    optimizer = wrap(torch.optim.AdamW, mask, model, lr=1e-2)
-    engine = get_engine(model)
-    selected, total = (
-        sum(s.count for s in mask.values()),
-        sum(p.numel() for p in own_weights(model)),
-    )
-    sizes = {"density": selected / total, "selected": selected, "delta_bytes": 6 * selected}
-    assert engine.metrics() == {**sizes, "state_bytes": 0}
-    train(model, optimizer, [0])
-    state = 8 * selected + 4 * len(mask)
-    assert engine.metrics() == {**sizes, "state_bytes": state}
-    engine.measure = True
-    before = torch.cat([s.value.detach() for s in engine.slots.values()])
-    held = torch.cat([s.selection.take(s.param) for s in engine.slots.values()])
-    for group in optimizer.param_groups:
-        group["lr"] = 1e-4
-    train(model, optimizer, [1])
-    after = torch.cat([s.value.detach() for s in engine.slots.values()])
-    kept = held == torch.cat([s.selection.take(s.param) for s in engine.slots.values()])
-    figures = engine.metrics()
-    assert figures["update_norm"] == pytest.approx(float((after - before).norm()), rel=1e-5)
-    lost = int((kept & (before != after)).sum())
-    assert 0 < lost < selected and figures["lost_updates"] == lost / selected
 
 
 # --- on and off ----------------------------------------------------------------------------------

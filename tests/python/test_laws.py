@@ -95,6 +95,19 @@ def test_frozen_is_frozen_in_a_transformer(dtype):
     assert_frozen(before, model, mask)
 
 
+@dtypes
+def test_frozen_is_frozen_in_an_average_of_the_weights(dtype):
+    model = net(dtype)
+    before, mask = snapshot(model), mixed_mask(model)
+    optimizer = retouch.wrap(torch.optim.AdamW, mask, model, lr=1e-2, weight_decay=0.1)
+    decay = torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)
+    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=decay)
+    for step in range(5):
+        train(model, optimizer, [step])
+        average.update_parameters(model)
+    assert_frozen(before, average.module, mask)
+
+
 @st.composite
 def selections(draw, shape):
     kinds = ["none", "elements", "rows", "all"] + (["columns"] if len(shape) > 1 else [])

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from retouch.engine import wrap
 from retouch.masks import Mask, Selection
 
 VOCABULARY = 97
@@ -100,6 +101,15 @@ def mixed_mask(model: nn.Module) -> Mask:
     return Mask(chosen, model)
 
 
+def wrapped(
+    model: Any = None, mask: Mask | None = None, cls: Any = torch.optim.AdamW, **options: Any
+) -> tuple[Any, Mask, Any]:
+    """A model, a mask on it, and an optimizer that is wrapped with it."""
+    model = net() if model is None else model
+    mask = element_mask(model) if mask is None else mask
+    return model, mask, wrap(cls, mask, model, **{"lr": 1e-2, **options})
+
+
 def bits(tensor: Tensor) -> Tensor:
     kind = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     return tensor.detach().contiguous().view(kind)
@@ -108,6 +118,10 @@ def bits(tensor: Tensor) -> Tensor:
 def own(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """The model's own parameters, without the compact values of an engine."""
     return [(n, p) for n, p in model.named_parameters() if not n.startswith("_retouch.")]
+
+
+def own_weights(model: nn.Module) -> list[nn.Parameter]:
+    return [p for _, p in own(model)]
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
