@@ -116,7 +116,7 @@ class Slot:
                 slot.collect()
 
         self.unwatch()
-        self._hook = self.param.register_post_accumulate_grad_hook(hand_over)  # type: ignore[no-untyped-call]
+        self._hook = self.param.register_post_accumulate_grad_hook(hand_over)
 
     def unwatch(self) -> None:
         """Leaves the weight's gradients alone."""
