@@ -16,8 +16,13 @@ pub trait Element: Copy + Default + PartialEq + Send + Sync + 'static {
     fn key(self) -> u32;
     /// The same for magnitudes: -x and x have one key.
     fn key_abs(self) -> u32;
+    /// `key_abs` of infinity; that of NaN is above.
+    const INFINITY_KEY: u32;
     /// Whether it is not a number.
-    fn is_nan(self) -> bool;
+    #[inline(always)]
+    fn is_nan(self) -> bool {
+        self.key_abs() > Self::INFINITY_KEY
+    }
 }
 
 /// Unsigned order of a signed IEEE 754 pattern of 32 bits; -0 becomes +0.
@@ -29,6 +34,7 @@ fn order(bits: u32) -> u32 {
 
 impl Element for f32 {
     const NAME: &'static str = "float32";
+    const INFINITY_KEY: u32 = f32::INFINITY.to_bits();
     #[inline(always)]
     fn to_f32(self) -> f32 {
         self
@@ -49,16 +55,13 @@ impl Element for f32 {
     fn key_abs(self) -> u32 {
         self.to_bits() & 0x7fff_ffff
     }
-    #[inline(always)]
-    fn is_nan(self) -> bool {
-        f32::is_nan(self)
-    }
 }
 
 macro_rules! half_element {
     ($t:ty, $name:literal) => {
         impl Element for $t {
             const NAME: &'static str = $name;
+            const INFINITY_KEY: u32 = <$t>::INFINITY.to_bits() as u32;
             #[inline(always)]
             fn to_f32(self) -> f32 {
                 <$t>::to_f32(self)
@@ -78,10 +81,6 @@ macro_rules! half_element {
             #[inline(always)]
             fn key_abs(self) -> u32 {
                 u32::from(self.to_bits() & 0x7fff)
-            }
-            #[inline(always)]
-            fn is_nan(self) -> bool {
-                <$t>::is_nan(self)
             }
         }
     };

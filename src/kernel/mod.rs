@@ -5,8 +5,12 @@
 pub mod adamw;
 pub mod chunk;
 pub mod gather;
+mod marks;
+mod rank;
 pub mod reduce;
 pub mod rng;
+mod rows;
 pub mod select;
 pub mod sets;
 pub mod sgd;
+mod wide;

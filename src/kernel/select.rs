@@ -1,15 +1,21 @@
 //! Exact selection by score: the k best of many tensors together, the k best of each row, and all that
-//! reach a value.
+//! reach a value. Equal scores go to the lowest (part, position).
 //!
-//! Scores become unsigned ranks (more is better, -0 equals 0). The k-th best rank is found exactly, by a
-//! histogram of its upper and then its lower half; whatever ranks above it is selected, and of those
-//! that equal it the first in (part, position) order, as many as are still needed. Nothing is
-//! concatenated, and no step depends on the number of threads.
-use super::chunk::{CHUNK, check_len, install};
+//! The k-th best score is bracketed by a sample. One pass over the scores then marks whatever is above
+//! the bracket and collects what lies inside, and the exact k-th is found among the collected few. Where
+//! the bracket missed, or holds too many equal scores to collect, a histogram finds the k-th and the
+//! pass is repeated with a bracket of one value. Nothing is concatenated; beside the result there is
+//! one bit for each score.
+use super::chunk::install;
+use super::marks::{Chunk, blank, chunks, positions, room, words};
+use super::rank::{Bracket, Ranking, bracket, first_bits, kth_best, nth_best};
+pub use super::rows::topk_rows;
+use super::wide::{Isa, Loop, WORD, wide};
 use crate::error::{Error, Result};
-use crate::num::{Element, Position};
+use crate::num::Element;
 use crate::view::Positions;
 use rayon::prelude::*;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 /// Which scores are best.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -20,51 +26,9 @@ pub enum Order {
     Smallest,
 }
 
-/// How a score becomes a rank.
-#[derive(Clone, Copy)]
-struct Ranking {
-    flip: u32,
-    absolute: bool,
-}
-
-impl Ranking {
-    fn new(order: Order, absolute: bool) -> Self {
-        Ranking { flip: if order == Order::Largest { 0 } else { !0 }, absolute }
-    }
-
-    #[inline(always)]
-    fn rank<T: Element>(self, x: T) -> u32 {
-        self.flip ^ if self.absolute { x.key_abs() } else { x.key() }
-    }
-}
-
-/// A run of scores of one part.
-#[derive(Clone, Copy)]
-struct Chunk<'a, T> {
-    part: usize,
-    first: usize,
-    scores: &'a [T],
-}
-
-fn chunks<'a, T>(parts: &[(&str, &'a [T])]) -> Vec<Chunk<'a, T>> {
-    let mut all = Vec::new();
-    for (part, (_, scores)) in parts.iter().enumerate() {
-        let cut = scores.chunks(CHUNK).enumerate();
-        all.extend(cut.map(|(i, scores)| Chunk { part, first: i * CHUNK, scores }));
-    }
-    all
-}
-
-fn refuse_nan<T: Element>(parts: &[(&str, &[T])], chunks: &[Chunk<'_, T>]) -> Result<()> {
-    let found = chunks.par_iter().find_map_first(|c| {
-        let position = c.scores.iter().position(|x| x.is_nan())?;
-        Some((c.part, c.first + position))
-    });
-    match found {
-        None => Ok(()),
-        Some((part, position)) => {
-            Err(Error::NotANumber { name: parts[part].0.to_string(), position })
-        }
+impl Order {
+    pub(super) fn ranking<const A: bool>(self) -> Ranking<A> {
+        Ranking::new(self == Order::Largest)
     }
 }
 
@@ -80,225 +44,232 @@ pub fn topk<T: Element>(
     if k > eligible {
         return Err(Error::Budget { k, eligible });
     }
-    install(threads, || {
-        let chunks = chunks(parts);
-        refuse_nan(parts, &chunks)?;
-        let ranking = Ranking::new(order, absolute);
-        if k == 0 {
-            return Ok(emit(parts, &chunks, &vec![0; chunks.len()], |_, _| {}));
-        }
-        let bound = kth(&chunks, ranking, k);
-        let counts: Vec<(usize, usize)> =
-            chunks.par_iter().map(|c| count(c, ranking, bound)).collect();
-        let above: usize = counts.iter().map(|c| c.0).sum();
-        let mut ties = k - above; // of those that equal the bound, the first so many
-        let (mut take, mut quota) = (Vec::new(), Vec::new());
-        for (above, equal) in counts {
-            let mine = equal.min(ties);
-            ties -= mine;
-            take.push(above + mine);
-            quota.push(mine);
-        }
-        Ok(emit(parts, &chunks, &take, |i, out| {
-            let mut left = quota[i];
-            for (at, x) in chunks[i].scores.iter().enumerate() {
-                let rank = ranking.rank(*x);
-                if rank > bound {
-                    out.push(chunks[i].first + at);
-                } else if rank == bound && left > 0 {
-                    left -= 1;
-                    out.push(chunks[i].first + at);
-                }
-            }
-        }))
+    install(threads, || match absolute {
+        true => best::<T, true>(parts, eligible, k, order.ranking()),
+        false => best::<T, false>(parts, eligible, k, order.ranking()),
     })
 }
 
-/// How many ranks of a chunk are above the bound, and how many equal it.
-fn count<T: Element>(c: &Chunk<'_, T>, ranking: Ranking, bound: u32) -> (usize, usize) {
-    let (mut above, mut equal) = (0, 0);
-    for x in c.scores {
-        let rank = ranking.rank(*x);
-        above += usize::from(rank > bound);
-        equal += usize::from(rank == bound);
+fn best<T: Element, const A: bool>(
+    parts: &[(&str, &[T])],
+    total: usize,
+    k: usize,
+    ranking: Ranking<A>,
+) -> Result<Vec<Positions>> {
+    let chunks = chunks(parts);
+    if k == 0 {
+        refuse_nan(parts, &chunks)?;
+        return Ok(parts.iter().map(|(_, x)| room(x.len(), 0)).collect());
     }
-    (above, equal)
-}
-
-const BINS: usize = 1 << 16;
-
-/// The k-th best rank, 1 <= k <= number of scores.
-fn kth<T: Element>(chunks: &[Chunk<'_, T>], ranking: Ranking, k: usize) -> u32 {
-    let upper = histogram(chunks, |x| Some(ranking.rank(x) >> 16));
-    let (high, rest) = walk(&upper, k);
-    let lower = histogram(chunks, |x| {
-        let rank = ranking.rank(x);
-        (rank >> 16 == high).then_some(rank & 0xffff)
-    });
-    high << 16 | walk(&lower, rest).0
-}
-
-fn histogram<T: Element>(
-    chunks: &[Chunk<'_, T>],
-    bin: impl Fn(T) -> Option<u32> + Sync,
-) -> Vec<usize> {
-    let fill = |mut bins: Vec<usize>, c: &Chunk<'_, T>| {
-        for b in c.scores.iter().filter_map(|x| bin(*x)) {
-            bins[b as usize % BINS] += 1;
-        }
-        bins
-    };
-    let add = |mut a: Vec<usize>, b: Vec<usize>| {
-        a.iter_mut().zip(b).for_each(|(a, b)| *a += b);
-        a
-    };
-    // Whole numbers: their sum does not depend on how rayon groups the chunks.
-    chunks.par_iter().fold(|| vec![0; BINS], fill).reduce(|| vec![0; BINS], add)
-}
-
-/// From the best bin down: the bin of the k-th element, and which one of that bin it is.
-fn walk(bins: &[usize], mut k: usize) -> (u32, usize) {
-    for (bin, count) in bins.iter().enumerate().rev() {
-        if *count >= k {
-            return (bin as u32, k);
-        }
-        k -= count;
+    let mut marks = blank(&chunks);
+    let mut bracket = bracket(&chunks, ranking, total, k);
+    let mut found = survey(&chunks, &mut marks, ranking, bracket);
+    if found.iter().any(|f| f.nan) {
+        refuse_nan(parts, &chunks)?;
     }
-    (0, k)
+    if !encloses(&found, bracket, k) {
+        let bound = kth_best(&chunks, ranking, k);
+        bracket = Bracket::of(bound);
+        marks.fill(0);
+        found = survey(&chunks, &mut marks, ranking, bracket);
+    }
+    let bound = bound(&found, bracket, k);
+    let split: Vec<(usize, usize)> = found.par_iter().map(|f| f.split(bound)).collect();
+    let mut ties = k - split.iter().map(|s| s.0).sum::<usize>();
+    let (mut take, mut quota) = (Vec::new(), Vec::new());
+    for (above, equal) in split {
+        let mine = equal.min(ties); // the first chunks take what is still needed
+        ties -= mine;
+        take.push(above + mine);
+        quota.push(mine);
+    }
+    Ok(positions(parts, &chunks, &mut marks, &take, |i, words| {
+        if bracket.is_one() {
+            wide(Ties { scores: chunks[i].scores, words, ranking, bound, ties: quota[i] });
+        } else {
+            found[i].mark(bound, quota[i], words);
+        }
+    }))
 }
 
-/// A place for the positions that one chunk selects.
-enum Slot<'a> {
-    Small(&'a mut [i32]),
-    Large(&'a mut [i64]),
+/// What the pass over one chunk found.
+#[derive(Default)]
+struct Found {
+    /// ranks above the bracket: they are marked
+    above: usize,
+    /// ranks inside
+    within: usize,
+    nan: bool,
+    /// those inside, in order, and where in the chunk they are; empty if the bracket is one value
+    ranks: Vec<u32>,
+    at: Vec<u16>,
 }
 
-/// Writes positions one after another.
-struct Sink<'a> {
-    slot: Slot<'a>,
-    next: usize,
+impl Found {
+    /// How many ranks are above `bound`, and how many equal it.
+    fn split(&self, bound: u32) -> (usize, usize) {
+        if self.ranks.is_empty() {
+            return (self.above, self.within);
+        }
+        let above = self.ranks.iter().filter(|r| **r > bound).count();
+        let equal = self.ranks.iter().filter(|r| **r == bound).count();
+        (self.above + above, equal)
+    }
+
+    /// Marks those above `bound`, and the first `ties` that equal it.
+    fn mark(&self, bound: u32, mut ties: usize, words: &mut [u64]) {
+        for (rank, at) in self.ranks.iter().zip(&self.at) {
+            let tie = *rank == bound && ties > 0;
+            ties -= usize::from(tie);
+            let at = usize::from(*at);
+            words[at / WORD] |= u64::from(*rank > bound || tie) << (at % WORD);
+        }
+    }
 }
 
-impl Sink<'_> {
+/// Marks the first `ties` scores whose rank is `bound`.
+struct Ties<'a, T, const A: bool> {
+    scores: &'a [T],
+    words: &'a mut [u64],
+    ranking: Ranking<A>,
+    bound: u32,
+    ties: usize,
+}
+
+impl<T: Element, const A: bool> Loop for Ties<'_, T, A> {
+    type Output = ();
     #[inline(always)]
-    fn push(&mut self, at: usize) {
-        match &mut self.slot {
-            Slot::Small(out) => out[self.next] = i32::new(at),
-            Slot::Large(out) => out[self.next] = i64::new(at),
+    fn run(mut self, isa: impl Isa) {
+        let Bracket { floor, ceiling } = Bracket::of(self.bound);
+        let (blocks, tail) = self.scores.as_chunks::<WORD>();
+        for (block, word) in blocks.iter().zip(&mut *self.words) {
+            if self.ties == 0 {
+                return;
+            }
+            let ranks = self.ranking.ranks(block);
+            let equal = isa.above(&ranks, floor) & !isa.above(&ranks, ceiling);
+            *word |= first_bits(equal, &mut self.ties);
         }
-        self.next += 1;
+        if let (false, Some(word)) = (tail.is_empty(), self.words.last_mut()) {
+            let at_least = self.ranking.above_in(tail, floor);
+            *word |= first_bits(at_least & !self.ranking.above_in(tail, ceiling), &mut self.ties);
+        }
     }
 }
 
-fn zeros(tensor: usize, count: usize) -> Positions {
-    if tensor < 1 << 31 {
-        Positions::Small(vec![0; count])
-    } else {
-        Positions::Large(vec![0; count])
+/// The pass: marks ranks above the bracket and collects those inside.
+fn survey<T: Element, const A: bool>(
+    chunks: &[Chunk<'_, T>],
+    marks: &mut [u64],
+    ranking: Ranking<A>,
+    bracket: Bracket,
+) -> Vec<Found> {
+    let total: usize = chunks.iter().map(|c| c.scores.len()).sum();
+    let room = (1 << 20).max(total / 64); // 6 bytes each
+    let collected = AtomicUsize::new(0);
+    let work = words(marks, chunks).into_par_iter().zip(chunks);
+    work.map(|(words, c)| {
+        // Collecting may stop early, but only where the histogram is asked next anyway.
+        let collect = !bracket.is_one() && collected.load(Relaxed) <= room;
+        let found = wide(Survey { scores: c.scores, words, ranking, bracket, collect });
+        collected.fetch_add(found.ranks.len(), Relaxed);
+        found
+    })
+    .collect()
+}
+
+struct Survey<'a, T, const A: bool> {
+    scores: &'a [T],
+    words: &'a mut [u64],
+    ranking: Ranking<A>,
+    bracket: Bracket,
+    collect: bool,
+}
+
+impl<T: Element, const A: bool> Loop for Survey<'_, T, A> {
+    type Output = Found;
+    #[inline(always)]
+    fn run(self, isa: impl Isa) -> Found {
+        let (mut found, ranking, Bracket { floor, ceiling }) =
+            (Found::default(), self.ranking, self.bracket);
+        let (blocks, tail) = self.scores.as_chunks::<WORD>();
+        let mut tops = [0; WORD]; // the highest magnitude of each lane: beyond infinity is NaN
+        for (i, (block, word)) in blocks.iter().zip(&mut *self.words).enumerate() {
+            block.iter().zip(&mut tops).for_each(|(x, top)| *top = x.key_abs().max(*top));
+            let ranks = ranking.ranks(block);
+            *word = isa.above(&ranks, ceiling);
+            found.above += word.count_ones() as usize;
+            let inside = isa.above(&ranks, floor) & !*word;
+            if inside != 0 {
+                found.add(inside, i, block, ranking, self.collect);
+            }
+        }
+        if let (false, Some(word)) = (tail.is_empty(), self.words.last_mut()) {
+            tail.iter().for_each(|x| tops[0] = x.key_abs().max(tops[0]));
+            *word = ranking.above_in(tail, ceiling);
+            found.above += word.count_ones() as usize;
+            let inside = ranking.above_in(tail, floor) & !*word;
+            found.add(inside, blocks.len(), tail, ranking, self.collect);
+        }
+        found.nan = tops.iter().any(|top| *top > T::INFINITY_KEY);
+        found
     }
 }
 
-/// Makes the positions of each part; `fill(i, sink)` writes the `take[i]` of chunk i.
-fn emit<T: Element>(
+impl Found {
+    #[inline(always)]
+    fn add<T: Element, const A: bool>(
+        &mut self,
+        mut within: u64,
+        block: usize,
+        scores: &[T],
+        ranking: Ranking<A>,
+        collect: bool,
+    ) {
+        self.within += within.count_ones() as usize;
+        while collect && within != 0 {
+            let j = within.trailing_zeros() as usize;
+            self.ranks.push(ranking.rank(scores[j]));
+            self.at.push((block * WORD + j) as u16);
+            within &= within - 1;
+        }
+    }
+}
+
+/// Whether the k-th best is in the bracket and everything in the bracket is known.
+fn encloses(found: &[Found], bracket: Bracket, k: usize) -> bool {
+    let sum = |f: fn(&Found) -> usize| found.iter().map(f).sum::<usize>();
+    let (above, within) = (sum(|f| f.above), sum(|f| f.within));
+    let known = bracket.is_one() || within == sum(|f| f.ranks.len());
+    known && above < k && k <= above + within
+}
+
+/// The k-th best rank, which the bracket encloses.
+fn bound(found: &[Found], bracket: Bracket, k: usize) -> u32 {
+    if bracket.is_one() {
+        return bracket.ceiling;
+    }
+    let above: usize = found.iter().map(|f| f.above).sum();
+    let mut all = Vec::with_capacity(found.iter().map(|f| f.ranks.len()).sum());
+    found.iter().for_each(|f| all.extend_from_slice(&f.ranks));
+    nth_best(&mut all, k - above)
+}
+
+/// Names the first score that is not a number.
+pub(super) fn refuse_nan<T: Element>(
     parts: &[(&str, &[T])],
     chunks: &[Chunk<'_, T>],
-    take: &[usize],
-    fill: impl Fn(usize, &mut Sink<'_>) + Sync,
-) -> Vec<Positions> {
-    let mut totals = vec![0; parts.len()];
-    chunks.iter().zip(take).for_each(|(c, n)| totals[c.part] += n);
-    let mut all: Vec<Positions> =
-        parts.iter().zip(&totals).map(|((_, x), n)| zeros(x.len(), *n)).collect();
-    let mut slots = Vec::with_capacity(chunks.len());
-    let mut next = 0;
-    for (part, positions) in all.iter_mut().enumerate() {
-        let mut rest = match positions {
-            Positions::Small(out) => Slot::Small(out),
-            Positions::Large(out) => Slot::Large(out),
-        };
-        while next < chunks.len() && chunks[next].part == part {
-            let mine;
-            (mine, rest) = match rest {
-                Slot::Small(out) => {
-                    let (a, b) = out.split_at_mut(take[next]);
-                    (Slot::Small(a), Slot::Small(b))
-                }
-                Slot::Large(out) => {
-                    let (a, b) = out.split_at_mut(take[next]);
-                    (Slot::Large(a), Slot::Large(b))
-                }
-            };
-            slots.push(mine);
-            next += 1;
-        }
-    }
-    slots.into_par_iter().enumerate().for_each(|(i, slot)| fill(i, &mut Sink { slot, next: 0 }));
-    all
-}
-
-/// The `k` best of each row of `row_len` scores: ascending flat positions, k for each row.
-pub fn topk_rows<T: Element>(
-    threads: usize,
-    name: &str,
-    scores: &[T],
-    row_len: usize,
-    k: usize,
-    order: Order,
-    absolute: bool,
-) -> Result<Positions> {
-    if k > row_len {
-        return Err(Error::Budget { k, eligible: row_len });
-    }
-    let rows = scores.len().checked_div(row_len).unwrap_or(0);
-    check_len(name, scores.len(), rows * row_len)?;
-    install(threads, || {
-        let parts = [(name, scores)];
-        refuse_nan(&parts, &chunks(&parts))?;
-        let ranking = Ranking::new(order, absolute);
-        Ok(match zeros(scores.len(), rows * k) {
-            Positions::Small(mut out) => {
-                each_row(scores, row_len, k, ranking, &mut out);
-                Positions::Small(out)
-            }
-            Positions::Large(mut out) => {
-                each_row(scores, row_len, k, ranking, &mut out);
-                Positions::Large(out)
-            }
-        })
-    })
-}
-
-fn each_row<T: Element, P: Position>(
-    scores: &[T],
-    row_len: usize,
-    k: usize,
-    ranking: Ranking,
-    out: &mut [P],
-) {
-    if out.is_empty() {
-        return;
-    }
-    // Rows of one task: about a chunk of scores.
-    let rows = (CHUNK / row_len).max(1);
-    let tasks = out.par_chunks_mut(rows * k).zip(scores.par_chunks(rows * row_len)).enumerate();
-    tasks.for_each(|(task, (out, scores))| {
-        let mut ranks = Vec::with_capacity(row_len);
-        for (r, (out, row)) in out.chunks_mut(k).zip(scores.chunks(row_len)).enumerate() {
-            ranks.clear();
-            ranks.extend(row.iter().map(|x| ranking.rank(*x)));
-            let bound = *ranks.select_nth_unstable(row_len - k).1;
-            let above = ranks[row_len - k..].iter().filter(|r| **r > bound).count();
-            let (mut ties, mut next) = (k - above, 0);
-            for (at, x) in row.iter().enumerate() {
-                let rank = ranking.rank(*x);
-                if rank > bound || rank == bound && ties > 0 {
-                    ties -= usize::from(rank == bound);
-                    out[next] = P::new((task * rows + r) * row_len + at);
-                    next += 1;
-                }
-            }
-        }
+) -> Result<()> {
+    let found = chunks.par_iter().find_map_first(|c| {
+        let position = c.scores.iter().position(|x| x.is_nan())?;
+        Some((c.part, c.first + position))
     });
+    match found {
+        None => Ok(()),
+        Some((part, position)) => {
+            Err(Error::NotANumber { name: parts[part].0.to_string(), position })
+        }
+    }
 }
 
 /// All scores that reach `t` (`>= t` for the largest, `<= t` for the smallest).
@@ -313,21 +284,37 @@ pub fn threshold<T: Element>(
         let (name, rule) = ("the threshold".to_string(), "a number".to_string());
         return Err(Error::Value { name, rule, got: t.to_string() });
     }
-    let reaches = |x: &T| {
-        let x = if absolute { x.to_f32().abs() } else { x.to_f32() };
-        if order == Order::Largest { x >= t } else { x <= t }
-    };
-    install(threads, || {
-        let chunks = chunks(parts);
-        refuse_nan(parts, &chunks)?;
-        let take: Vec<usize> =
-            chunks.par_iter().map(|c| c.scores.iter().filter(|x| reaches(x)).count()).collect();
-        Ok(emit(parts, &chunks, &take, |i, out| {
-            for (at, x) in chunks[i].scores.iter().enumerate() {
-                if reaches(x) {
-                    out.push(chunks[i].first + at);
-                }
-            }
-        }))
+    install(threads, || match absolute {
+        true => reaching::<T, true>(parts, t, order),
+        false => reaching::<T, false>(parts, t, order),
     })
+}
+
+fn reaching<T: Element, const A: bool>(
+    parts: &[(&str, &[T])],
+    t: f32,
+    order: Order,
+) -> Result<Vec<Positions>> {
+    let ranking = order.ranking::<A>();
+    let reaches = |x: f32| if order == Order::Largest { x >= t } else { x <= t };
+    // The nearest score that the type can hold may lie on either side of t, but none lies between.
+    let nearest = T::from_f32(t);
+    let ceiling = match ranking.rank(nearest) {
+        _ if A && t < 0.0 => {
+            if order == Order::Largest {
+                0
+            } else {
+                u32::MAX
+            }
+        } // all, or none
+        rank => rank - u32::from(reaches(nearest.to_f32())),
+    };
+    let chunks = chunks(parts);
+    let mut marks = blank(&chunks);
+    let found = survey(&chunks, &mut marks, ranking, Bracket { floor: ceiling, ceiling });
+    if found.iter().any(|f| f.nan) {
+        refuse_nan(parts, &chunks)?;
+    }
+    let take: Vec<usize> = found.iter().map(|f| f.above).collect();
+    Ok(positions(parts, &chunks, &mut marks, &take, |_, _| {}))
 }
