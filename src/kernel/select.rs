@@ -165,7 +165,7 @@ fn survey<T: Element, const A: bool>(
     bracket: Bracket,
 ) -> Vec<Found> {
     let total: usize = chunks.iter().map(|c| c.scores.len()).sum();
-    let room = (1 << 20).max(total / 64); // 6 bytes each
+    let room = (1 << 17).max(total / 32); // 6 bytes each
     let collected = AtomicUsize::new(0);
     let work = words(marks, chunks).into_par_iter().zip(chunks);
     work.map(|(words, c)| {
