@@ -255,7 +255,13 @@ def take(source: Tensor, index: Tensor, name: str) -> Tensor:
         out = torch.empty(index.shape, dtype=source.dtype)
         _core.take_(out, source.detach(), index.cpu(), name)
         return out
-    return source.detach().reshape(-1).index_select(0, index.to(source.device))
+    flat = source.detach().reshape(-1).view(_bits(source.dtype))
+    return flat.index_select(0, index.to(source.device)).view(source.dtype)
+
+
+def _bits(dtype: torch.dtype) -> torch.dtype:
+    """An integer dtype of the same width: copies of it are exact, and float8 has few ops."""
+    return dtype if dtype.is_complex else _SIGNED_OF_WIDTH[dtype.itemsize]
 
 
 def put_(target: Tensor, index: Tensor, values: Tensor, name: str) -> None:
@@ -271,7 +277,8 @@ def put_(target: Tensor, index: Tensor, values: Tensor, name: str) -> None:
         raise errors.MaskError(
             f"index of {name} is not valid: a position is outside of its {target.numel()} elements"
         )
-    plain, values = target.detach(), values.detach().to(target.device)
+    plain = target.detach().view(_bits(target.dtype))
+    values = values.detach().to(target.device).view(_bits(target.dtype))
     if plain.is_contiguous():
         plain.view(-1).index_copy_(0, where, values)
     else:
@@ -430,15 +437,25 @@ def diff(base: Tensor, tuned: Tensor, name: str) -> Tensor:
     return where.to(index_dtype(base.numel()))
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype in the safetensors format.
+
+    Raises:
+        LayoutError: The format has no such dtype.
+    """
+    name = _DTYPE_NAMES.get(dtype)
+    if name is None:
+        raise errors.LayoutError(f"the safetensors format has no {dtype}")
+    return name
+
+
 def fingerprint(tensor: Tensor, index: Tensor | None = None, values: Tensor | None = None) -> str:
     """A 128-bit hash (hex) of dtype, shape and bytes, the same for a tensor and for its file.
 
     With `index` and `values` (of the tensor's dtype) it is the hash that the tensor would have if
     `tensor.flatten()[index]` were `values`; the tensor is not copied on the CPU.
     """
-    name = _DTYPE_NAMES.get(tensor.dtype)
-    if name is None:
-        raise errors.LayoutError(f"no fingerprint for a tensor of {tensor.dtype}")
+    name = dtype_name(tensor.dtype)
     if (index is None) != (values is None):
         raise errors.ShapeError("index and values must be given together")
     patch = None if values is None else _bytes(values)
