@@ -1,0 +1,295 @@
+"""The command line: `retouch diff | show | apply | revert | verify | recipes | demo`.
+
+File commands stream checkpoints through the Rust engine: memory holds about one tensor at a time, and
+an output appears under its name only when it is complete.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec
+
+import typer
+
+__all__ = ["app", "main"]
+
+P = ParamSpec("P")
+app = typer.Typer(
+    name="retouch",
+    help="Selective parameter updates: diff, apply, revert and verify what changed in a model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Checkpoint = Annotated[
+    str, typer.Argument(help="A .safetensors file, a checkpoint folder, or a Hugging Face Hub id")
+]
+DeltaFolder = Annotated[str, typer.Argument(help="A delta folder or a Hugging Face Hub id")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists")]
+Force = Annotated[
+    bool, typer.Option("--force", help="Go on although the checkpoint is not the delta's own")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table")]
+
+
+def _reported(command: Callable[P, None]) -> Callable[P, None]:
+    """One line on stderr and exit code 2 instead of a traceback."""
+
+    @wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        from retouch.errors import RetouchError
+
+        try:
+            command(*args, **kwargs)
+        except (RetouchError, OSError, ImportError) as e:
+            # OSError's own text begins with its number; file and reason are what helps
+            text = (
+                f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else str(e)
+            )
+            print(f"error: {text}", file=sys.stderr)
+            raise typer.Exit(2) from None
+
+    return run
+
+
+def _local(source: str) -> str:
+    """A path as it is; a Hub id fetched (safetensors and JSON files only)."""
+    if Path(source).exists():
+        return source
+    parts = source.split("/")
+    if len(parts) != 2 or source.startswith((".", "/", "~")) or not all(parts):
+        raise FileNotFoundError(2, "no such file or folder", source)
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    except ImportError as e:
+        raise FileNotFoundError(
+            2, "no such folder; for Hub ids `pip install 'retouch[hf]'`", source
+        ) from e
+    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+    try:
+        return str(snapshot_download(source, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError) as e:
+        first = str(e).strip().splitlines()[0]
+        raise FileNotFoundError(
+            2, f"no such folder, and not to be had from the Hub ({first})", source
+        ) from e
+
+
+def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0)
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)
+    console.print(table)
+
+
+def _tensors(config: dict[str, Any], limit: int = 12) -> list[list[str]]:
+    """The tensors with the most changes, as rows."""
+    rows = []
+    for name, row in config["tensors"].items():
+        numel = 1
+        for n in row["shape"]:
+            numel *= n
+        rows.append((row["count"], name, row["kind"], row["dtype"], numel))
+    rows.sort(reverse=True)
+    out = [
+        [name, kind, dtype, f"{count:,}", f"{count / max(numel, 1):.3%}"]
+        for count, name, kind, dtype, numel in rows[:limit]
+    ]
+    if len(rows) > limit:
+        out.append(
+            [f"({len(rows) - limit} more)", "", "", f"{sum(r[0] for r in rows[limit:]):,}", ""]
+        )
+    return out
+
+
+@app.command()
+@_reported
+def diff(
+    base: Checkpoint,
+    tuned: Checkpoint,
+    out: Annotated[
+        str | None, typer.Option("-o", "--out", help="Write the delta into this folder")
+    ] = None,
+    reversible: Annotated[
+        bool, typer.Option("--reversible", help="Keep the old values: revert needs no base then")
+    ] = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Compare two checkpoints bit for bit; write what leads from BASE to TUNED.
+
+    Exit code 0: no difference, 1: they differ (without -o, like diff), 2: an error.
+    """
+    from retouch import _core
+
+    report = json.loads(
+        _core.diff_files(
+            _local(base), _local(tuned), out, reversible=reversible, overwrite=overwrite,
+            base_model=base,
+        )
+    )  # fmt: skip
+    changed = sum(row["count"] for row in report["tensors"].values())
+    if as_json:
+        print(json.dumps(report, indent=1, sort_keys=True))
+    elif not report["tensors"]:
+        print(f"no difference in {report['compared']} tensors")
+    else:
+        title = (
+            f"{changed:,} values in {len(report['tensors'])} of {report['compared']} tensors differ"
+        )
+        _table(title, ["tensor", "kind", "dtype", "changed", "share"], _tensors(report))
+        if out is not None:
+            print(f"wrote {out} ({report['bytes'] / 1e6:,.2f} MB)")
+    if report["tensors"] and out is None:
+        raise typer.Exit(1)
+
+
+@app.command()
+@_reported
+def show(delta: DeltaFolder, as_json: Json = False) -> None:
+    """Show what a delta holds."""
+    from retouch import _core
+
+    folder = _local(delta)
+    config = json.loads(_core.show_files(folder))
+    if as_json:
+        print(json.dumps(config, indent=1, sort_keys=True))
+        return
+    changed = sum(row["count"] for row in config["tensors"].values())
+    print(
+        f"delta of {config['base_model'] or 'an unnamed base'}, format {config['format_version']}"
+    )
+    print(f"reversible without the base: {'yes' if config['reversible'] else 'no'}")
+    title = (
+        f"{changed:,} values in {len(config['tensors'])} tensors, {config['bytes'] / 1e6:,.2f} MB"
+    )
+    _table(title, ["tensor", "kind", "dtype", "changed", "share"], _tensors(config))
+
+
+@app.command()
+@_reported
+def apply(
+    base: Checkpoint,
+    delta: DeltaFolder,
+    out: Annotated[str, typer.Option("-o", "--out", help="Where the tuned checkpoint goes")],
+    force: Force = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write BASE with DELTA applied, in the shards of BASE, side files included."""
+    from retouch import _core
+
+    report = json.loads(
+        _core.apply_files(_local(base), _local(delta), out, force=force, overwrite=overwrite)
+    )
+    print(f"wrote {out}: {report['changed']} tensors changed, {report['copied']} copied")
+
+
+@app.command()
+@_reported
+def revert(
+    tuned: Checkpoint,
+    delta: DeltaFolder,
+    out: Annotated[str, typer.Option("-o", "--out", help="Where the base checkpoint goes")],
+    base: Annotated[
+        str | None, typer.Option("--base", help="The base, if the delta has no old values")
+    ] = None,
+    force: Force = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write TUNED with DELTA taken back, bit for bit the base again."""
+    from retouch import _core
+
+    report = json.loads(
+        _core.revert_files(
+            _local(tuned), _local(delta), out, base=None if base is None else _local(base),
+            force=force, overwrite=overwrite,
+        )
+    )  # fmt: skip
+    print(f"wrote {out}: {report['changed']} tensors changed, {report['copied']} copied")
+
+
+@app.command()
+@_reported
+def verify(
+    checkpoint: Checkpoint,
+    delta: DeltaFolder,
+    result: Annotated[
+        bool, typer.Option("--result", help="CHECKPOINT is the result of the delta, not its base")
+    ] = False,
+) -> None:
+    """Check by fingerprints that CHECKPOINT is the base of DELTA (or its result).
+
+    Exit code 0: it is, 1: it is not (the tensors are named), 2: an error.
+    """
+    from retouch import _core
+
+    differ = json.loads(_core.verify_files(_local(checkpoint), _local(delta), result=result))
+    what = "result" if result else "base"
+    if not differ:
+        print(f"{checkpoint} is the {what} of {delta}")
+        return
+    print(f"{checkpoint} is not the {what} of {delta}: {len(differ)} tensors differ")
+    for name in differ[:20]:
+        print(f"  {name}")
+    raise typer.Exit(1)
+
+
+@app.command()
+@_reported
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Show one recipe in full")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the published methods that `retouch.select` knows."""
+    from dataclasses import asdict
+
+    from retouch import recipes as registry
+
+    if name is None and not as_json:
+        rows = [[r.id, r.title, r.arxiv or "-", r.variant] for r in registry.list()]
+        _table("recipes", ["id", "method", "arXiv", "variant"], rows)
+        return
+    found = registry.list() if name is None else (registry.info(name),)
+    if as_json:
+        print(json.dumps([asdict(r) for r in found], indent=1, sort_keys=True, default=str))
+        return
+    recipe = found[0]
+    print(f"{recipe.title}: {recipe.paper} (arXiv:{recipe.arxiv}), variant {recipe.variant}")
+    for field, value in recipe.config.items():
+        print(f"  {field} = {value}")
+    print(f"cost: {recipe.cost}\n{recipe.notes}\n\n{registry.bibtex(recipe.id)}")
+
+
+@app.command()
+@_reported
+def demo(
+    small: Annotated[bool, typer.Option("--small", help="A tiny model, in seconds")] = False,
+    steps: Annotated[int, typer.Option(help="Optimizer steps for each method")] = 12,
+    seed: Annotated[int, typer.Option(help="Of masks and adapters")] = 0,
+    out: Annotated[
+        str | None, typer.Option(help="Keep the delta and results.json in this folder")
+    ] = None,
+    cache_dir: Annotated[str | None, typer.Option(help="Where the converted model is kept")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads for torch and retouch")] = None,
+) -> None:
+    """Teach a 135M chat model King James English by moving 1 % of its weights."""
+    from retouch import demo as scene
+
+    scene.run(small=small, steps=steps, seed=seed, out=out, cache_dir=cache_dir, threads=threads)
+
+
+def main() -> None:
+    """Entry point of the `retouch` command."""
+    app()
