@@ -34,6 +34,27 @@ pub enum Index<'a> {
     Large(&'a [i64]),
 }
 
+impl<'a> Index<'a> {
+    /// How many.
+    pub fn len(&self) -> usize {
+        match self {
+            Index::Small(v) => v.len(),
+            Index::Large(v) => v.len(),
+        }
+    }
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+    /// The positions `from..to` of the list.
+    pub fn part(self, from: usize, to: usize) -> Index<'a> {
+        match self {
+            Index::Small(v) => Index::Small(&v[from..to]),
+            Index::Large(v) => Index::Large(&v[from..to]),
+        }
+    }
+}
+
 /// Ascending, unique flat positions that a kernel made.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Positions {
@@ -49,6 +70,13 @@ impl Positions {
         match self {
             Positions::Small(v) => v.len(),
             Positions::Large(v) => v.len(),
+        }
+    }
+    /// As a caller would hand them over.
+    pub fn index(&self) -> Index<'_> {
+        match self {
+            Positions::Small(v) => Index::Small(v),
+            Positions::Large(v) => Index::Large(v),
         }
     }
     /// Whether there are none.

@@ -3,9 +3,11 @@
 //! Every kernel checks lengths and positions first and cannot fail or panic afterwards; its result
 //! depends on its arguments alone, never on the number of threads or the processor.
 pub mod adamw;
+pub mod bits;
 pub mod chunk;
 pub mod gather;
 mod marks;
+pub mod pack;
 mod rank;
 pub mod reduce;
 pub mod rng;

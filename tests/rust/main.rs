@@ -1,6 +1,8 @@
 //! One binary: links once.
 mod algebra;
 mod architecture;
+mod bits;
+mod files;
 mod moving;
 mod random;
 mod selecting;
