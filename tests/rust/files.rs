@@ -11,7 +11,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 
-type Tensors = BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>;
+pub(crate) type Tensors = BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>;
 
 fn write(path: &Path, tensors: &Tensors) {
     let views = tensors.iter().map(|(name, (dtype, shape, bytes))| {
@@ -69,7 +69,7 @@ fn noise(seed: u64, n: usize) -> Vec<u8> {
 }
 
 /// Base and tuned: every dtype sparse, one dense, one same, one scalar, one empty, one of wide gaps.
-fn pair() -> (Tensors, Tensors) {
+pub(crate) fn pair() -> (Tensors, Tensors) {
     let mut base = Tensors::new();
     for (i, (dtype, width)) in [
         (Dtype::F64, 8),
@@ -124,9 +124,14 @@ fn options(reversible: bool) -> DiffOptions<'static> {
 }
 
 /// A place with `base`, `tuned` and `delta` folders.
-struct Place(TempDir);
+pub(crate) struct Place(TempDir);
 impl Place {
-    fn new(base: &Tensors, tuned: &Tensors, shards: [usize; 2], reversible: bool) -> Place {
+    pub(crate) fn new(
+        base: &Tensors,
+        tuned: &Tensors,
+        shards: [usize; 2],
+        reversible: bool,
+    ) -> Place {
         let place = Place(TempDir::new().unwrap());
         write_sharded(&place.at("base"), base, shards[0]);
         write_sharded(&place.at("tuned"), tuned, shards[1]);
@@ -134,14 +139,14 @@ impl Place {
         diff(2, &b, &t, Some(&d), &options(reversible)).unwrap();
         place
     }
-    fn ordinary() -> Place {
+    pub(crate) fn ordinary() -> Place {
         let (base, tuned) = pair();
         Place::new(&base, &tuned, [1, 1], true)
     }
-    fn at(&self, name: &str) -> PathBuf {
+    pub(crate) fn at(&self, name: &str) -> PathBuf {
         self.0.path().join(name)
     }
-    fn apply(&self, base: &str, out: &str) -> Result<Value> {
+    pub(crate) fn apply(&self, base: &str, out: &str) -> Result<Value> {
         apply(2, &self.at(base), &self.at("delta"), &self.at(out), false, false)
     }
     fn revert(&self, tuned: &str, out: &str, base: Option<&str>) -> Result<Value> {
@@ -150,18 +155,18 @@ impl Place {
         revert(2, &t, &d, &o, base.as_deref(), false, false)
     }
     /// Names in the place, to see litter.
-    fn names(&self) -> Vec<String> {
+    pub(crate) fn names(&self) -> Vec<String> {
         let name = |i: std::io::Result<fs::DirEntry>| i.unwrap().file_name().into_string().unwrap();
         let mut names: Vec<_> = fs::read_dir(self.0.path()).unwrap().map(name).collect();
         names.sort();
         names
     }
-    fn config(&self) -> Value {
+    pub(crate) fn config(&self) -> Value {
         serde_json::from_slice(&fs::read(self.at("delta").join(CONFIG)).unwrap()).unwrap()
     }
 }
 
-fn format_error<T: std::fmt::Debug>(result: Result<T>, path: &str, why: &str) {
+pub(crate) fn format_error<T: std::fmt::Debug>(result: Result<T>, path: &str, why: &str) {
     match result {
         Err(Error::Format { path: p, why: w }) => {
             assert!(p.to_string_lossy().contains(path), "{}: {w}", p.display());

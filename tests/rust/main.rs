@@ -3,6 +3,7 @@ mod algebra;
 mod architecture;
 mod bits;
 mod files;
+mod hostile;
 mod moving;
 mod random;
 mod selecting;
