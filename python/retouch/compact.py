@@ -29,9 +29,11 @@ from torch.optim import Optimizer
 
 from retouch import ops
 from retouch.binding import Binding, Part, innermost
+from retouch.eligible import own_parameters
 from retouch.errors import BudgetError, EngineError, FormatError, FrozenError, MaskError
-from retouch.masks import Mask, Selection, own_parameters
+from retouch.masks import Mask, Selection
 from retouch.slots import (
+    AGAIN,
     PLACE,
     Container,
     Copy,
@@ -42,8 +44,6 @@ from retouch.slots import (
     same_bits,
     some,
 )
-
-_AGAIN = "call retouch.unwrap(model), then select and wrap again"
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class Engine(Container):
             elif value.device != weight.device:
                 what = f"is on {weight.device}, its compact value on {value.device}"
             if what:
-                raise EngineError(f"{slot.name} {what}; {_AGAIN}")
+                raise EngineError(f"{slot.name} {what}; {AGAIN}")
             if slot.swapped:
                 raise EngineError("optimizer step inside of base_weights()")
 
@@ -173,7 +173,7 @@ class Engine(Container):
         if moved:
             raise EngineError(
                 f"weights have moved since the mask was set ({some(moved)}); revert them, "
-                f"or {_AGAIN}"
+                f"or {AGAIN}"
             )
         known = dict(own_parameters(model))
         for name in chosen:
@@ -181,7 +181,7 @@ class Engine(Container):
         live = [b for b in self._bindings if b.optimizer is not None]
         missing = [name for name in chosen if name not in self._values] if live else []
         if missing:
-            raise EngineError(f"the optimizer was built without {some(missing)}; {_AGAIN}")
+            raise EngineError(f"the optimizer was built without {some(missing)}; {AGAIN}")
         self._take_base(model)
         for name in [n for n in self.slots if n not in chosen]:
             self._clear(name)

@@ -14,6 +14,7 @@ from retouch.errors import EngineError, LayoutError
 from retouch.masks import Selection
 
 PLACE = "_retouch"
+AGAIN = "call retouch.unwrap(model), then select and wrap again"
 
 
 def buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -141,9 +142,13 @@ class Slot:
                 f"the gradient of {self.name} is a {type(grad).__name__} of layout {grad.layout}; "
                 "wanted a dense torch.Tensor"
             )
+        if tuple(grad.shape) != self.selection.shape:
+            raise EngineError(
+                f"{self.name} was resized from {self.selection.shape} to {tuple(grad.shape)}; {AGAIN}"
+            )
         with torch.no_grad():
             if self.value.grad is None:
-                self.value.grad = self.selection.gather(grad)
+                self.value.grad = self.selection.gather(grad, self.name)
             else:
                 self.selection.gather_add_(self.value.grad, grad, self.name)
 

@@ -97,11 +97,13 @@ def test_a_copy_is_a_plain_model_that_says_so(way):
     assert "_retouch" not in dict(other.named_children())
 
 
-def test_replaced_and_resized_parameters_are_noticed():
+def test_resized_embeddings_are_noticed():
     model, _, optimizer = wrapped(llama(tied=False))
-    model.resize_token_embeddings(120)
-    loss_of(model, batch(0)).backward()
-    with pytest.raises(EngineError, match=r"embed_tokens\.weight .*unwrap"):
+    model.resize_token_embeddings(120)  # resizes in place
+    match = r"embed_tokens\.weight was resized from \(97, 32\) to \(120, 32\); call retouch.unwrap"
+    with pytest.raises(EngineError, match=match):
+        loss_of(model, batch(0)).backward()
+    with pytest.raises(EngineError, match=match):
         optimizer.step()
 
 
