@@ -1,246 +1,23 @@
-"""Masks: which coordinates may move. Selected means may move, everywhere.
+"""`Mask`: which coordinates of a model may move, as one selection per parameter."""
 
-A `Selection` says it for one parameter, a `Mask` for a model. Structured selections (rows, columns,
-whole parameters) stay structured: they are the cheapest to store, to train and to combine.
-"""
-
-import difflib
-import math
+import copy
+import os
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from retouch import maskfile, ops
+from retouch import maskfile, maskview
+from retouch.config import close_to
+from retouch.eligible import own_parameters
 from retouch.errors import MaskError
+from retouch.maskfile import Layout
+from retouch.selection import Selection
 
-__all__ = ["Kind", "Mask", "Overlap", "Selection"]
-
-Kind = Literal["all", "none", "elements", "rows", "columns"]
-KINDS = ("all", "none", "elements", "rows", "columns")
-
-
-@dataclass(frozen=True, eq=False)
-class Selection:
-    """What is selected of one parameter.
-
-    Attributes:
-        kind: "all", "none", "elements" (flat positions), "rows" (slices of dim 0) or "columns"
-            (slices of dim 1), dims as stored.
-        shape: Shape of the parameter.
-        index: Ascending, unique positions, rows or columns; int32 (int64 for parameters of 2**31
-            elements or more) on the CPU; None for "all" and "none".
-
-    Raises:
-        MaskError: The index does not fit kind and shape.
-    """
-
-    kind: Kind
-    shape: tuple[int, ...]
-    index: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise MaskError(f"kind of selection must be one of {', '.join(KINDS)}, got {self.kind!r}")
-        if (self.index is None) != (self.kind in ("all", "none")):
-            raise MaskError(f"a selection of {self.kind} {'needs an' if self.index is None else 'has no'} index")
-        if self.kind == "columns" and len(self.shape) < 2:
-            raise MaskError(f"a parameter of shape {self.shape} has no columns")
-        if self.kind == "rows" and not self.shape:
-            raise MaskError("a scalar parameter has no rows")
-        if self.index is None:
-            return
-        index = self.index.detach().cpu()
-        if index.dim() != 1 or index.dtype not in (torch.int32, torch.int64):
-            raise MaskError(
-                f"index must be a 1-D int32 or int64 tensor, got {index.dtype} of shape {tuple(index.shape)}"
-            )
-        limit = self._limit
-        if index.numel():
-            if int(index[0]) < 0 or int(index[-1]) >= limit:
-                raise MaskError(f"an index of {self.kind} is outside of 0..{limit - 1} (shape {self.shape})")
-            if not bool((index[1:] > index[:-1]).all()):
-                raise MaskError(f"the index of {self.kind} must be ascending and unique")
-        object.__setattr__(self, "index", index.to(ops.index_dtype(self.numel)).contiguous())
-
-    @property
-    def _limit(self) -> int:
-        """How many units of this kind the parameter has."""
-        if self.kind in ("rows", "columns"):
-            return self.shape[0 if self.kind == "rows" else 1]
-        return self.numel
-
-    @property
-    def numel(self) -> int:
-        """Elements of the parameter."""
-        return math.prod(self.shape)
-
-    @property
-    def count(self) -> int:
-        """Elements selected."""
-        if self.kind == "all":
-            return self.numel
-        if self.index is None:
-            return 0
-        if self.kind == "elements":
-            return self.index.numel()
-        units = self._limit
-        return self.index.numel() * (self.numel // units) if units else 0
-
-    def flat(self) -> Tensor:
-        """The flat positions of the selected elements, ascending."""
-        dtype = ops.index_dtype(self.numel)
-        if self.kind == "all":
-            return torch.arange(self.numel, dtype=dtype)
-        if self.index is None:
-            return torch.empty(0, dtype=dtype)
-        if self.kind == "elements":
-            return self.index
-        wide, index = torch.int64, self.index.long()
-        if self.kind == "rows":
-            row = self.numel // self.shape[0] if self.shape[0] else 0
-            return (index[:, None] * row + torch.arange(row, dtype=wide)).flatten().to(dtype)
-        rows, columns, rest = self.shape[0], self.shape[1], math.prod(self.shape[2:])
-        start = torch.arange(rows, dtype=wide)[:, None, None] * (columns * rest)
-        inner = index[None, :, None] * rest + torch.arange(rest, dtype=wide)[None, None, :]
-        return (start + inner).flatten().to(dtype)
-
-    def bool(self) -> Tensor:
-        """A boolean tensor of the parameter's shape, True where selected."""
-        out = torch.zeros(self.numel, dtype=torch.bool)
-        out[self.flat().long()] = True
-        return out.view(self.shape)
-
-    # --- algebra -------------------------------------------------------------------------------
-
-    def _with(self, other: "Selection", how: str) -> "Selection":
-        if self.shape != other.shape:
-            raise MaskError(f"selections of shapes {self.shape} and {other.shape} cannot be combined")
-        a, b = self, other
-        if "none" in (a.kind, b.kind) or "all" in (a.kind, b.kind):
-            simple = _simple(a, b, how)
-            if simple is not None:
-                return simple
-        if a.kind == b.kind and a.index is not None and b.index is not None:
-            return _made(a.kind, a.shape, getattr(ops, how)(a.index, b.index))
-        return _made("elements", a.shape, getattr(ops, how)(a.flat(), b.flat()))
-
-    def __and__(self, other: "Selection") -> "Selection":
-        return self._with(other, "intersection")
-
-    def __or__(self, other: "Selection") -> "Selection":
-        return self._with(other, "union")
-
-    def __sub__(self, other: "Selection") -> "Selection":
-        return self._with(other, "difference")
-
-    def __invert__(self) -> "Selection":
-        if self.kind == "all":
-            return Selection("none", self.shape)
-        if self.index is None:
-            return Selection("all", self.shape)
-        return _made(self.kind, self.shape, ops.complement(self.index, self._limit))
-
-    def __eq__(self, other: object) -> bool:
-        """Whether both select the same coordinates, whatever their kind."""
-        if not isinstance(other, Selection):
-            return NotImplemented
-        if self.shape != other.shape or self.count != other.count:
-            return False
-        if self.kind == other.kind and self.index is not None and other.index is not None:
-            return torch.equal(self.index, other.index)
-        return self.kind == other.kind or torch.equal(self.flat(), other.flat())
-
-    __hash__ = None  # type: ignore[assignment]
-
-    # --- values --------------------------------------------------------------------------------
-
-    def gather(self, tensor: Tensor) -> Tensor:
-        """The selected values in float32 (float64 for float64), as a new tensor.
-
-        Shape: [k] for elements, [r, ...] for rows, [rows, c, ...] for columns, the tensor's own for
-        all, [0] for none.
-        """
-        if self.kind == "elements":
-            assert self.index is not None
-            return ops.gather(tensor, self.index, "tensor")
-        part = self._part(tensor.detach())
-        return part.to(ops.value_dtype(tensor.dtype), copy=part.data_ptr() == tensor.data_ptr())
-
-    def gather_add_(self, out: Tensor, tensor: Tensor, name: str) -> None:
-        """Adds the selected values to `out`, in its dtype."""
-        if self.kind == "elements":
-            assert self.index is not None
-            ops.gather_add_(out, tensor, self.index, name)
-        else:
-            out.detach().add_(self._part(tensor.detach()).to(out.dtype))
-
-    def scatter_(self, tensor: Tensor, values: Tensor, name: str) -> None:
-        """Writes values where this selects, rounded once to the tensor's dtype."""
-        if self.kind == "elements":
-            assert self.index is not None
-            ops.scatter_(tensor, self.index, values, name)
-        else:
-            self.put_(tensor, values.detach().to(tensor.dtype), name)
-
-    def take(self, tensor: Tensor) -> Tensor:
-        """The selected values, bit for bit, in the tensor's dtype and the shape of `gather`."""
-        if self.kind == "elements":
-            assert self.index is not None
-            return ops.take(tensor, self.index, "tensor")
-        part = self._part(tensor.detach())
-        return part.clone() if part.data_ptr() == tensor.data_ptr() else part
-
-    def put_(self, tensor: Tensor, values: Tensor, name: str) -> None:
-        """Writes values where this selects, bit for bit."""
-        if self.kind == "elements":
-            assert self.index is not None
-            ops.put_(tensor, self.index, values, name)
-            return
-        if tensor.dtype != values.dtype:
-            raise MaskError(f"values of {name} are {values.dtype}, the weight {tensor.dtype}")
-        with torch.no_grad():
-            if self.kind == "all":
-                tensor.copy_(values)
-            elif self.index is not None:
-                dim = 0 if self.kind == "rows" else 1
-                where = self.index.to(device=tensor.device, dtype=torch.int64)
-                tensor.index_copy_(dim, where, values.detach().to(tensor.device))
-
-    def _part(self, tensor: Tensor) -> Tensor:
-        if self.kind == "all":
-            return tensor
-        if self.index is None:
-            return tensor.new_empty(0)
-        return tensor.index_select(0 if self.kind == "rows" else 1, self.index.to(tensor.device))
-
-
-def _made(kind: Kind, shape: tuple[int, ...], index: Tensor) -> Selection:
-    """A selection in its simplest form."""
-    if not index.numel():
-        return Selection("none", shape)
-    found = Selection(kind, shape, index)
-    return Selection("all", shape) if found.count == found.numel else found
-
-
-def _simple(a: Selection, b: Selection, how: str) -> Selection | None:
-    """The result where one side selects everything or nothing."""
-    nothing = Selection("none", a.shape)
-    if how == "union":
-        if "all" in (a.kind, b.kind):
-            return Selection("all", a.shape)
-        return b if a.kind == "none" else a
-    if how == "intersection":
-        if "none" in (a.kind, b.kind):
-            return nothing
-        return b if a.kind == "all" else a
-    if a.kind == "none" or b.kind == "all":
-        return nothing
-    return a if b.kind == "none" else ~b  # a is everything
+__all__ = ["Mask", "Overlap", "Selection", "own_parameters"]
 
 
 @dataclass(frozen=True)
@@ -248,45 +25,131 @@ class Overlap:
     """How two masks meet.
 
     Attributes:
-        both: Coordinates in both.
+        both: Coordinates in both masks.
         first: Coordinates in the first.
         second: Coordinates in the second.
-        jaccard: both / either.
-        expected: Coordinates in both that independent random masks with the same count per
-            parameter would have on average.
+        jaccard: both / either (1 for two empty masks).
+        containment: both / the smaller count (1 if that is 0).
+        expected: What `both` would be by chance if the two counts were spread over all parameters.
+        expected_in_tensors: The same if each keeps its count in every parameter.
     """
 
     both: int
     first: int
     second: int
     jaccard: float
+    containment: float
     expected: float
+    expected_in_tensors: float
+
+    @property
+    def lift(self) -> float:
+        """How many times more they share than by chance (infinite where chance gives nothing)."""
+        if self.expected == 0:
+            return float("inf") if self.both else 1.0
+        return self.both / self.expected
 
 
 class Mask(Mapping[str, Selection]):
-    """Which coordinates of a model may move: a `Selection` per parameter name.
+    """Which coordinates may move: a `Selection` per parameter name; absent ones are frozen.
 
-    Parameters without an entry are frozen. Names are those of `model.named_parameters()`; a tied
-    parameter has one.
+    ``&``, ``|``, ``-`` and ``~`` are the operations on sets of coordinates, ``==`` compares them,
+    whatever the kinds of the selections. Equal kinds stay structured; mixed ones become elements.
 
     Args:
-        selections: By parameter name.
-        model: The model, which is remembered weakly so that `retouch.wrap` finds it.
-        metadata: How the mask was made; JSON-able, saved with it.
+        selections: By names as in `model.named_parameters()`.
+        model: The model, which is remembered weakly: `retouch.wrap` finds it, and `numel`,
+            `density` and ``~`` refer to all of its parameters. Without it they refer to the
+            parameters in `selections`.
+        metadata: JSON-able facts: config, seed, score.
+
+    Raises:
+        MaskError: Names or shapes that the model does not have.
     """
 
     def __init__(
         self,
         selections: Mapping[str, Selection],
         model: nn.Module | None = None,
-        metadata: dict[str, Any] | None = None,
+        metadata: Mapping[str, Any] | None = None,
     ) -> None:
+        for name, selection in selections.items():
+            if not isinstance(selection, Selection):
+                raise MaskError(
+                    f"{name}: got a {type(selection).__name__}, wanted a Selection; for positions "
+                    "use Mask.from_indices"
+                )
         self._selections = dict(selections)
-        self._model = weakref.ref(model) if model is not None else None
         self.metadata: dict[str, Any] = dict(metadata or {})
-        self._numel = sum(p.numel() for _, p in own_parameters(model)) if model is not None else 0
+        self.layout: dict[str, Layout] = {n: Layout(s.shape, None) for n, s in selections.items()}
+        self._model: weakref.ref[nn.Module] | None = None
+        if model is not None:
+            self._attach(model)
 
-    # --- mapping -------------------------------------------------------------------------------
+    def _attach(self, model: nn.Module) -> None:
+        self.check(model)
+        self._model = weakref.ref(model)
+        self.layout = {
+            name: Layout(tuple(p.shape), str(p.dtype).removeprefix("torch."))
+            for name, p in own_parameters(model)
+        }
+        mine = self._selections
+        self._selections = {name: mine[name] for name in self.layout if name in mine}
+
+    @classmethod
+    def _of(
+        cls,
+        selections: Mapping[str, Selection],
+        layout: Mapping[str, Layout],
+        metadata: Mapping[str, Any],
+        model: weakref.ref[nn.Module] | None = None,
+    ) -> "Mask":
+        mask = cls(selections, None, metadata)
+        mask.layout, mask._model = dict(layout), model
+        return mask
+
+    @classmethod
+    def full(cls, model: nn.Module) -> "Mask":
+        """Every coordinate of every floating-point parameter may move."""
+        return cls(
+            {
+                name: Selection("all", tuple(p.shape))
+                for name, p in own_parameters(model)
+                if p.is_floating_point()
+            },
+            model,
+        )
+
+    @classmethod
+    def from_indices(
+        cls,
+        indices: Mapping[str, Tensor | Sequence[int]],
+        model: nn.Module,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> "Mask":
+        """A mask of the coordinates that you name.
+
+        Args:
+            indices: Per parameter either flat positions (any integers, in any order; a position
+                that occurs twice counts once) or a bool tensor of the parameter's shape.
+            model: The model.
+            metadata: See `Mask`.
+
+        Raises:
+            MaskError: An unknown parameter, or positions that it does not have.
+        """
+        known = dict(own_parameters(model))
+        chosen: dict[str, Selection] = {}
+        for name, index in indices.items():
+            if name not in known:
+                raise MaskError(f"the model has no parameter {name!r}{_hint(name, model)}")
+            try:
+                chosen[name] = _from_index(torch.as_tensor(index), tuple(known[name].shape))
+            except (MaskError, TypeError, ValueError, RuntimeError) as error:
+                raise MaskError(f"{name}: {error}") from error
+        return cls(chosen, model, metadata)
+
+    # --- mapping ---------------------------------------------------------------------------------
 
     def __getitem__(self, name: str) -> Selection:
         return self._selections[name]
@@ -297,243 +160,221 @@ class Mask(Mapping[str, Selection]):
     def __len__(self) -> int:
         return len(self._selections)
 
-    def model(self) -> nn.Module | None:
-        """The model that the mask was made for, if it is known and still there."""
-        return self._model() if self._model is not None else None
+    def __repr__(self) -> str:
+        return f"Mask({self.count:,} of {self.numel:,} weights in {len(self)} parameters may move)"
 
-    # --- making --------------------------------------------------------------------------------
-
-    @classmethod
-    def full(cls, model: nn.Module) -> Self:
-        """Everything may move."""
-        return cls({n: Selection("all", tuple(p.shape)) for n, p in own_parameters(model)}, model)
-
-    @classmethod
-    def from_indices(cls, indices: Mapping[str, Any], model: nn.Module) -> Self:
-        """Given flat positions, by parameter name; any order, lists or integer tensors.
-
-        Raises:
-            MaskError: No such parameter, a position outside of it, or one given twice.
-        """
-        shapes = {n: tuple(p.shape) for n, p in own_parameters(model)}
-        chosen = {}
-        for name, given in indices.items():
-            if name not in shapes:
-                raise MaskError(f"the model has no parameter {name}{_near(name, shapes)}")
-            index = torch.as_tensor(given)
-            if index.numel() and index.dtype.is_floating_point:
-                raise MaskError(f"positions of {name} must be integers, got {index.dtype}")
-            index = index.reshape(-1).to(torch.int64).sort().values
-            try:
-                chosen[name] = Selection("elements", shapes[name], index)
-            except MaskError as e:
-                raise MaskError(f"{name}: {e}") from None
-        return cls(chosen, model)
-
-    def check(self, model: nn.Module) -> None:
-        """Raises MaskError, naming the parameter, unless the mask fits the model."""
-        shapes = {n: tuple(p.shape) for n, p in own_parameters(model)}
-        for name, selection in self.items():
-            if name not in shapes:
-                raise MaskError(
-                    f"the mask selects {name}, which {type(model).__name__} does not have"
-                    f"{_near(name, shapes)}; it was made for another model"
-                )
-            if shapes[name] != selection.shape:
-                raise MaskError(
-                    f"the mask has {name} with shape {selection.shape}, {type(model).__name__} has "
-                    f"{shapes[name]}; it was made for another model"
-                )
-
-    # --- algebra -------------------------------------------------------------------------------
-
-    def _combined(self, other: "Mask", how: str) -> "Mask":
-        if not isinstance(other, Mask):
-            return NotImplemented
-        out = {}
-        for name in [*self, *(n for n in other if n not in self)]:
-            shape = (self.get(name) or other[name]).shape
-            none = Selection("none", shape)
-            a, b = self.get(name, none), other.get(name, none)
-            try:
-                found = a._with(b, how)
-            except MaskError as e:
-                raise MaskError(f"{name}: {e}") from None
-            if found.count:
-                out[name] = found
-        return Mask(out, self.model() or other.model(), {"algebra": how})._sized(self, other)
-
-    def _sized(self, *others: "Mask") -> "Mask":
-        self._numel = max([self._numel, *(o._numel for o in others)])
-        return self
-
-    def __and__(self, other: "Mask") -> "Mask":
-        return self._combined(other, "intersection")
-
-    def __or__(self, other: "Mask") -> "Mask":
-        return self._combined(other, "union")
-
-    def __sub__(self, other: "Mask") -> "Mask":
-        return self._combined(other, "difference")
-
-    def __invert__(self) -> "Mask":
-        """Everything that is not selected; parameters without an entry become wholly selected.
-
-        Raises:
-            MaskError: The mask does not know its model, so it does not know what it leaves out.
-        """
-        model = self.model()
-        if model is None:
-            raise MaskError("~mask needs the model, which this mask does not know: use Mask.full(model) - mask")
-        return Mask.full(model) - self
-
-    def __eq__(self, other: object) -> bool:
-        """Whether both select the same coordinates."""
-        if not isinstance(other, Mask):
-            return NotImplemented
-        a, b = ({n: s for n, s in m.items() if s.count} for m in (self, other))
-        return a.keys() == b.keys() and all(a[n] == b[n] for n in a)
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def overlap(self, other: "Mask") -> Overlap:
-        """How many coordinates two masks share, against chance."""
-        both, expected = (self & other).count, 0.0
-        for name, a in self.items():
-            b = other.get(name)
-            if b is not None and a.numel:
-                expected += a.count * b.count / a.numel
-        either = self.count + other.count - both
-        return Overlap(both, self.count, other.count, both / either if either else 0.0, expected)
-
-    # --- figures -------------------------------------------------------------------------------
+    # --- numbers ---------------------------------------------------------------------------------
 
     @property
     def count(self) -> int:
         """Coordinates that may move."""
-        return sum(s.count for s in self.values())
+        return sum(s.count for s in self._selections.values())
 
     @property
     def numel(self) -> int:
-        """All parameters of the model (of the masked ones where the model is not known)."""
-        return self._numel or sum(s.numel for s in self.values())
+        """Coordinates of the model (of the known parameters)."""
+        return sum(one.numel for one in self.layout.values())
 
     @property
     def density(self) -> float:
-        """count / numel."""
+        """Count / numel."""
         return self.count / max(self.numel, 1)
 
-    def summary(self) -> dict[str, Any]:
-        """The figures of `print_trainable_parameters`, per parameter too.
+    def model(self) -> nn.Module | None:
+        """The model that the mask was made for, if it is known and still alive."""
+        return self._model() if self._model is not None else None
+
+    def check(self, model: nn.Module) -> None:
+        """Raises MaskError, naming parameters, if the mask does not fit a model."""
+        known = {name: tuple(p.shape) for name, p in own_parameters(model)}
+        for name, selection in self._selections.items():
+            if name not in known:
+                raise MaskError(
+                    f"the mask selects {name!r}, which {type(model).__name__} does not have"
+                    f"{_hint(name, model)}"
+                )
+            if known[name] != selection.shape:
+                raise MaskError(
+                    f"the mask is for {name} of shape {selection.shape}; the model's has shape "
+                    f"{known[name]}"
+                )
+
+    # --- sets ------------------------------------------------------------------------------------
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Mask):
+            return NotImplemented
+        mine, theirs = ({name: s for name, s in mask.items() if s.count} for mask in (self, other))
+        return mine.keys() == theirs.keys() and all(mine[n] == theirs[n] for n in mine)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __and__(self, other: "Mask") -> "Mask":
+        """Coordinates in both masks."""
+        return self._combined(other, "&", lambda a, b: a & b)
+
+    def __or__(self, other: "Mask") -> "Mask":
+        """Coordinates in either mask."""
+        return self._combined(other, "|", lambda a, b: a | b)
+
+    def __sub__(self, other: "Mask") -> "Mask":
+        """Coordinates in the first mask only."""
+        return self._combined(other, "-", lambda a, b: a - b)
+
+    def __invert__(self) -> "Mask":
+        """Coordinates that are not in the mask."""
+        chosen = {
+            name: ~self._selections[name] if name in self else Selection("all", one.shape)
+            for name, one in self.layout.items()
+            if one.torch_dtype.is_floating_point
+        }
+        metadata = {"operation": "~", "of": [self.metadata]}
+        return self._of(_without_empty(chosen), self.layout, metadata, self._model)
+
+    def _combined(
+        self, other: "Mask", sign: str, combine: Callable[[Selection, Selection], Selection]
+    ) -> "Mask":
+        if not isinstance(other, Mask):
+            return NotImplemented
+        layout = self._joint_layout(other)
+        none = {name: Selection("none", one.shape) for name, one in layout.items()}
+        chosen = {
+            name: combine(self.get(name, none[name]), other.get(name, none[name]))
+            for name in layout
+        }
+        metadata = {"operation": sign, "of": [self.metadata, other.metadata]}
+        model = self._model if self._model is not None else other._model
+        return self._of(_without_empty(chosen), layout, metadata, model)
+
+    def _joint_layout(self, other: "Mask") -> dict[str, Layout]:
+        for name, one in self.layout.items():
+            theirs = other.layout.get(name)
+            if theirs is not None and theirs.shape != one.shape:
+                raise MaskError(
+                    f"the masks are of different models: {name} has shape {one.shape} in one and "
+                    f"{theirs.shape} in the other"
+                )
+        # the mask that knows its model has all parameters, in their order
+        first, second = self.layout, other.layout
+        if self._model is None and other._model is not None:
+            first, second = second, first
+        return first | {n: x for n, x in second.items() if n not in first}
+
+    def overlap(self, other: "Mask") -> Overlap:
+        """How much two masks share, and how much they would by chance."""
+        layout = self._joint_layout(other)
+        both, by_tensor = 0, 0.0
+        for name in self:
+            if name in other:
+                both += (self[name] & other[name]).count
+                by_tensor += self[name].count * other[name].count / max(layout[name].numel, 1)
+        a, b = self.count, other.count
+        total = sum(one.numel for one in layout.values())
+        return Overlap(
+            both=both, first=a, second=b,
+            jaccard=both / (a + b - both) if a + b else 1.0,
+            containment=both / min(a, b) if min(a, b) else 1.0,
+            expected=a * b / max(total, 1), expected_in_tensors=by_tensor,
+        )  # fmt: skip
+
+    # --- files -----------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes one safetensors file, which appears under its name only when it is complete.
+
+        Args:
+            path: The file, or a folder for ``mask.safetensors``. An existing file is replaced.
+
+        Raises:
+            MaskError: The metadata are not JSON-able.
+        """
+        maskfile.write(path, self._selections, self.layout, self.metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: nn.Module | None = None) -> "Mask":
+        """Reads what `save` has written; no code is executed.
+
+        Args:
+            path: The file, or a folder with ``mask.safetensors``.
+            model: The model that the mask is for; needed for `retouch.wrap(optimizer, mask)`
+                without a model.
+
+        Raises:
+            FormatError: The file is damaged, no mask, or of an unknown version.
+            MaskError: The mask does not fit the model.
+        """
+        mask = cls._of(*maskfile.read(path))
+        if model is not None:
+            mask._attach(model)
+        return mask
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_model": None}  # a copy in another process has no model
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Mask":
+        return self._of(self._selections, self.layout, copy.deepcopy(self.metadata), self._model)
+
+    # --- looks -----------------------------------------------------------------------------------
+
+    def summary(self, modules: bool = True) -> str:
+        """The figures of the mask in one line, and a table by kind of module.
+
+        Args:
+            modules: With the table. Layers are summed up: ``*`` stands for their number.
 
         Returns:
-            `trainable`, `all`, `density`, `state_bytes` (two float32 moments, as AdamW keeps them),
-            `delta_bytes` (positions and values, uncompressed) and `parameters`: for each name its
-            `kind`, `selected`, `numel`.
+            Trainable and all parameters, the percentage, the optimizer state of AdamW (two float32
+            numbers per selected weight) and the size of an uncompressed delta.
         """
-        model = self.model()
-        width = {n: p.element_size() for n, p in own_parameters(model)} if model is not None else {}
-        delta = 0
-        for name, s in self.items():
-            delta += s.count * width.get(name, 4)
-            delta += s.index.numel() * s.index.element_size() if s.index is not None else 0
-        return {
-            "trainable": self.count,
-            "all": self.numel,
-            "density": self.density,
-            "state_bytes": 8 * self.count,
-            "delta_bytes": delta,
-            "parameters": {
-                n: {"kind": s.kind, "selected": s.count, "numel": s.numel} for n, s in self.items()
-            },
-        }
+        return maskview.summary(self, modules)
 
-    def print_trainable_parameters(self, per_parameter: bool = False) -> None:
-        """Prints what trains, as PEFT does, and what it costs.
-
-        Args:
-            per_parameter: Also a line for each parameter that has selected coordinates.
-        """
-        figures = self.summary()
-        print(
-            f"trainable params: {figures['trainable']:,d} || all params: {figures['all']:,d} || "
-            f"trainable%: {100 * figures['density']:.4f} || "
-            f"optimizer state (AdamW): {figures['state_bytes'] / 2**20:.2f} MiB || "
-            f"delta: {figures['delta_bytes'] / 2**20:.2f} MiB"
-        )
-        if per_parameter:
-            for name, row in figures["parameters"].items():
-                if row["selected"]:
-                    share = 100 * row["selected"] / row["numel"]
-                    print(f"{name:60s} {row['kind']:9s} {row['selected']:>12,d} {share:8.3f}%")
-
-    def __repr__(self) -> str:
-        used = sum(1 for s in self.values() if s.count)
-        return f"Mask({self.count:,} of {self.numel:,} weights in {used} parameters, density {self.density:.4%})"
-
-    def _repr_html_(self) -> str:
-        from retouch import maskview
-
-        return maskview.html(self)
+    def print_trainable_parameters(self) -> None:
+        """Prints `summary()`."""
+        print(self.summary())
 
     def plot(self, ax: Any = None) -> Any:
-        """Draws the density of each module kind (rows) in each layer (columns); needs matplotlib.
+        """Draws the density per layer (across) and kind of parameter (down).
 
         Args:
-            ax: Axes to draw on; new ones by default.
+            ax: Matplotlib axes; default new ones.
 
         Returns:
             The axes.
-        """
-        from retouch import maskview
-
-        return maskview.plot(self, ax)
-
-    # --- files ---------------------------------------------------------------------------------
-
-    def save(self, path: str | Path) -> None:
-        """Writes the mask as one safetensors file (`mask.safetensors` if `path` is a folder).
-
-        The file appears under its name only when it is complete.
-        """
-        entries = {n: (s.kind, s.shape, s.index) for n, s in self.items()}
-        maskfile.save(Path(path), entries, {"numel": self.numel, "metadata": self.metadata})
-
-    @classmethod
-    def load(cls, path: str | Path, model: nn.Module | None = None) -> Self:
-        """Reads a mask; no code is executed.
-
-        Args:
-            path: The file, or a folder with `mask.safetensors`.
-            model: If given, the mask must fit it, and `retouch.wrap` will find it.
 
         Raises:
-            FormatError: The file is damaged or of an unknown version.
-            MaskError: The mask does not fit the model.
+            ImportError: Matplotlib is not installed.
         """
-        entries, extra = maskfile.load(Path(path))
-        chosen = {}
-        for name, (kind, shape, index) in entries.items():
-            try:
-                chosen[name] = Selection(kind, shape, index)
-            except MaskError as e:
-                raise maskfile.damaged(Path(path), f"{name}: {e}") from None
-        mask = cls(chosen, None, extra["metadata"])
-        mask._numel = int(extra["numel"])
-        if model is not None:
-            mask.check(model)
-            mask._model = weakref.ref(model)
-        return mask
+        return maskview.plot(self, ax)
+
+    def _repr_html_(self) -> str:
+        return maskview.as_html(self)
 
 
-def own_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters of a model, each tied one once, without the compact values of an engine."""
-    for name, param in model.named_parameters():
-        if not name.startswith("_retouch."):
-            yield name, param
+def _from_index(index: Tensor, shape: tuple[int, ...]) -> Selection:
+    if index.dtype == torch.bool:
+        if tuple(index.shape) != shape:
+            raise MaskError(f"a bool tensor of shape {tuple(index.shape)}; wanted {shape}")
+        index = index.reshape(-1).nonzero().squeeze(1)
+    elif index.is_floating_point() and index.numel() == 0:
+        index = index.to(torch.int64)  # an empty list
+    elif index.is_floating_point() or index.is_complex() or index.dim() > 1:
+        raise MaskError(
+            f"positions are {index.dtype} of shape {tuple(index.shape)}; wanted integers in one "
+            "dimension"
+        )
+    index = index.reshape(-1).to(torch.int64).unique()
+    return Selection("elements", shape, index)
 
 
-def _near(name: str, names: Any) -> str:
-    close = difflib.get_close_matches(name, list(names), n=3)
-    return f" (did you mean {', '.join(close)}?)" if close else ""
+def _hint(name: str, model: nn.Module) -> str:
+    """Why a model has no such parameter: it is tied, or misspelt."""
+    known = dict(own_parameters(model))
+    for other, param in model.named_parameters(remove_duplicate=False):
+        if other == name:
+            first = next(n for n, p in known.items() if p is param)
+            return f": it is tied to {first}, which is the name to use"
+    return close_to(name, known)
 
+
+def _without_empty(selections: Mapping[str, Selection]) -> dict[str, Selection]:
+    return {name: s for name, s in selections.items() if s.count}
