@@ -12,6 +12,7 @@ mod rank;
 pub mod reduce;
 pub mod rng;
 mod rows;
+pub mod sampled;
 pub mod select;
 pub mod sets;
 pub mod sgd;

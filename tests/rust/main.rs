@@ -6,5 +6,6 @@ mod files;
 mod hostile;
 mod moving;
 mod random;
+mod sampled;
 mod selecting;
 mod stepping;
