@@ -140,19 +140,19 @@ def diff(
             base_model=base,
         )
     )  # fmt: skip
-    changed = sum(row["count"] for row in report["tensors"].values())
+    differ = report["changed_tensors"]
+    compared = differ + report["unchanged_tensors"]
     if as_json:
         print(json.dumps(report, indent=1, sort_keys=True))
-    elif not report["tensors"]:
-        print(f"no difference in {report['compared']} tensors")
+    elif not differ:
+        print(f"no difference in {compared} tensors")
     else:
-        title = (
-            f"{changed:,} values in {len(report['tensors'])} of {report['compared']} tensors differ"
-        )
-        _table(title, ["tensor", "kind", "dtype", "changed", "share"], _tensors(report))
+        title = f"{report['changed']:,} values in {differ} of {compared} tensors differ"
+        columns = ["tensor", "kind", "dtype", "changed", "share"]
+        _table(title, columns, _tensors(report["config"]))
         if out is not None:
             print(f"wrote {out} ({report['bytes'] / 1e6:,.2f} MB)")
-    if report["tensors"] and out is None:
+    if differ and out is None:
         raise typer.Exit(1)
 
 
@@ -162,19 +162,15 @@ def show(delta: DeltaFolder, as_json: Json = False) -> None:
     """Show what a delta holds."""
     from retouch import _core
 
-    folder = _local(delta)
-    config = json.loads(_core.show_files(folder))
+    found = json.loads(_core.show_files(_local(delta)))
     if as_json:
-        print(json.dumps(config, indent=1, sort_keys=True))
+        print(json.dumps(found, indent=1, sort_keys=True))
         return
-    changed = sum(row["count"] for row in config["tensors"].values())
-    print(
-        f"delta of {config['base_model'] or 'an unnamed base'}, format {config['format_version']}"
-    )
-    print(f"reversible without the base: {'yes' if config['reversible'] else 'no'}")
-    title = (
-        f"{changed:,} values in {len(config['tensors'])} tensors, {config['bytes'] / 1e6:,.2f} MB"
-    )
+    config, size = found["config"], found["bytes"]["total"] / 1e6
+    base = config["base_model"] or "an unnamed base"
+    print(f"delta of {base}, format {config['format_version']}")
+    print(f"reversible without the base: {'yes' if found['reversible'] else 'no'}")
+    title = f"{found['changed']:,} values in {len(config['tensors'])} tensors, {size:,.2f} MB"
     _table(title, ["tensor", "kind", "dtype", "changed", "share"], _tensors(config))
 
 
@@ -193,7 +189,9 @@ def apply(
     report = json.loads(
         _core.apply_files(_local(base), _local(delta), out, force=force, overwrite=overwrite)
     )
-    print(f"wrote {out}: {report['changed']} tensors changed, {report['copied']} copied")
+    print(
+        f"wrote {out}: {report['changed']:,} values in {report['changed_tensors']} tensors changed"
+    )
 
 
 @app.command()
@@ -217,7 +215,9 @@ def revert(
             force=force, overwrite=overwrite,
         )
     )  # fmt: skip
-    print(f"wrote {out}: {report['changed']} tensors changed, {report['copied']} copied")
+    print(
+        f"wrote {out}: {report['changed']:,} values in {report['changed_tensors']} tensors changed"
+    )
 
 
 @app.command()

@@ -12,8 +12,9 @@ from torch.optim import Optimizer
 from retouch import ops
 from retouch.binding import innermost
 from retouch.compact import Engine, Untouched
+from retouch.eligible import own_parameters
 from retouch.errors import EngineError, HyperparameterError
-from retouch.masks import Mask, Selection, own_parameters
+from retouch.masks import Mask, Selection
 from retouch.slots import PLACE, Copy, Slot, some
 
 __all__ = [

@@ -139,7 +139,9 @@ def test_a_trained_model_to_a_file_and_back(tmp_path, dtype):
         assert same(fresh.state_dict(), tuned)
     assert same(fresh.state_dict(), base)
     between = Delta.between(base, tuned)
-    assert between.keys() - {"lm_head.weight"} == delta.keys()  # copies of tied weights are not tied
+    assert (
+        between.keys() - {"lm_head.weight"} == delta.keys()
+    )  # copies of tied weights are not tied
     assert all(torch.equal(between[n].index, delta[n].index) for n in delta)
     assert {n: (e.base_hash, e.result_hash) for n, e in between.items() if n in delta} == {
         n: (e.base_hash, e.result_hash) for n, e in delta.items()

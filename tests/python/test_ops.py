@@ -24,7 +24,9 @@ def scores(seed: int, sizes: list[int], dtype: torch.dtype, levels: int) -> list
     gen = torch.Generator().manual_seed(seed)
     # few levels make many ties; signed, with both zeros
     parts = [torch.randint(-levels, levels + 1, (n,), generator=gen) / 4 for n in sizes]
-    return [torch.where(p == 0, torch.copysign(p, torch.randn(p.shape)), p).to(dtype) for p in parts]
+    return [
+        torch.where(p == 0, torch.copysign(p, torch.randn(p.shape)), p).to(dtype) for p in parts
+    ]
 
 
 @given(
@@ -195,7 +197,7 @@ def test_the_extension_refuses_what_it_cannot_take():
     out, index = torch.zeros(1), torch.tensor([0], dtype=torch.int32)
     with pytest.raises(TypeError, match=r"expected a torch\.Tensor, got <class 'list'>"):
         _core.gather_(out, [1.0], index, "w")
-    with pytest.raises(errors.LayoutError, match="w must be a contiguous float32.*got.*float64"):
+    with pytest.raises(errors.LayoutError, match=r"w must be a contiguous float32.*got.*float64"):
         _core.gather_(out, torch.zeros(3, dtype=torch.float64), index, "w")
     with pytest.raises(errors.LayoutError, match="non-contiguous float32"):
         _core.gather_(out, torch.zeros(3, 3).t(), index, "w")
@@ -220,9 +222,7 @@ def test_uniform_depends_on_seed_name_and_position_alone():
     assert 0 <= a.min() and a.max() < 1 and abs(a.mean() - 0.5) < 0.01
 
 
-@given(
-    a=st.sets(st.integers(0, 60)), b=st.sets(st.integers(0, 60)), wide=st.booleans()
-)
+@given(a=st.sets(st.integers(0, 60)), b=st.sets(st.integers(0, 60)), wide=st.booleans())
 def test_algebra_is_that_of_sets(a, b, wide):
     dtype = torch.int64 if wide else torch.int32
     x, y = (torch.tensor(sorted(s), dtype=dtype) for s in (a, b))
@@ -255,7 +255,9 @@ def test_fingerprint():
     w = torch.randn(100, 700).to(torch.bfloat16)
     base = ops.fingerprint(w)
     assert base == ops.fingerprint(w.clone()) == ops.fingerprint(w.t().contiguous().t())
-    assert base != ops.fingerprint(w.view(700, 100)) and base != ops.fingerprint(w.to(torch.float16))
+    assert base != ops.fingerprint(w.view(700, 100)) and base != ops.fingerprint(
+        w.to(torch.float16)
+    )
     index = torch.tensor([0, 33_000, 69_999], dtype=torch.int32)
     old = ops.take(w, index, "w")
     ops.put_(w, index, torch.ones(3, dtype=torch.bfloat16), "w")
@@ -277,7 +279,10 @@ def test_adamw_is_torch_adamw_on_the_selected_values(dtype, maximize):
     want = torch.nn.Parameter(start.clone())
     options = dict(lr=1e-2, betas=(0.9, 0.99), eps=1e-6, weight_decay=0.1, maximize=maximize)
     reference = torch.optim.AdamW([want], **options, foreach=False)
-    runs = [[start.clone(), torch.zeros_like(start), torch.zeros_like(start), weight.clone()] for _ in "ab"]
+    runs = [
+        [start.clone(), torch.zeros_like(start), torch.zeros_like(start), weight.clone()]
+        for _ in "ab"
+    ]
     for step in range(1, 6):
         grad = torch.randn(index.numel())
         want.grad = grad.clone()

@@ -66,7 +66,7 @@ def test_resuming_is_exact(
     assert losses(again) == losses(whole)
     assert same(weights(whole.model), weights(again.model))
     assert_equal(whole.optimizer.state_dict(), again.optimizer.state_dict())
-    assert retouch.get_engine(again.model).mask.overlap(retouch.get_engine(whole.model).mask) == 1.0
+    assert retouch.get_engine(again.model).mask == retouch.get_engine(whole.model).mask
     retouch.verify_untouched(again.model)
     assert same(rebuilt(again.model, dtype), weights(whole.model))
 
@@ -153,7 +153,7 @@ def test_resuming_without_the_optimizer_keeps_mask_and_base(
     again = start(tmp_path, save_only_model=True, checkpoint=checkpoint)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     one, two = (retouch.get_engine(run.model).mask for run in (whole, again))
-    assert two.overlap(one) == 1.0 and one.count == two.count
+    assert one == two
     assert same(rebuilt(again.model), weights(again.model))
 
 
@@ -205,7 +205,7 @@ def test_a_saved_model_is_a_plain_model(tmp_path: Path, dtype: torch.dtype) -> N
         record = json.loads((tmp_path / folder / "retouch_config.json").read_text())
         assert record["density"] == 0.05 and record["score"] == "gradient"
         saved = retouch.Mask.load(tmp_path / folder / "mask.safetensors")
-        assert saved.overlap(retouch.get_engine(run.model).mask) == 1.0
+        assert saved == retouch.get_engine(run.model).mask
 
 
 def test_a_delta_checkpoint_is_small_and_complete(tmp_path: Path) -> None:

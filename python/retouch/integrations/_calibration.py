@@ -2,11 +2,10 @@
 
 import contextlib
 import copy
-import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -15,7 +14,6 @@ from transformers import Trainer
 from retouch.errors import HyperparameterError
 
 Batch = Mapping[str, Any]
-Loss = Callable[[nn.Module, Batch], torch.Tensor]
 
 # Running sums that TRL trainers update inside `compute_loss`.
 _COUNTERS = ("_metrics", "_total_train_tokens")
@@ -23,32 +21,34 @@ _COUNTERS = ("_metrics", "_total_train_tokens")
 
 @contextlib.contextmanager
 def undisturbed(trainer: Trainer) -> Iterator[None]:
-    """Put back, on exit, whatever a look at the data may move.
+    """Puts back, on exit, what a look at the data and the loss moves in a trainer.
 
-    That is: the random states of Python, numpy and torch (the order of the training data, dropout
-    and masking collators draw from them), the metrics that TRL sums inside ``compute_loss``, and
-    the list of loaders that Accelerate keeps.
+    That is: the metrics that TRL sums inside ``compute_loss``, and the list of loaders that
+    Accelerate keeps. (`retouch.select` itself puts back the random states and the model.)
     """
-    python, numpy = random.getstate(), np.random.get_state()
     counters = {k: copy.deepcopy(vars(trainer)[k]) for k in _COUNTERS if k in vars(trainer)}
     loaders: list[Any] = getattr(trainer.accelerator, "_dataloaders", [])
     known = len(loaders)
-    device = trainer.args.device
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            yield
+        yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
         vars(trainer).update(counters)
         del loaders[known:]
 
 
-class TrainBatches:
-    """The batches of the first epoch, as the trainer's collator makes them.
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One sample of the data set, not collated: opaque to scores, which count and cut batches."""
 
-    The loader is rebuilt without Accelerate's wrapper: an iteration of that wrapper which stops
-    early stays registered as the active loader of the run. Every iteration starts anew.
+    content: Any
+
+
+class TrainingSamples:
+    """The training data as the trainer samples them, in lists of samples.
+
+    Collating is left to the loss: only the collator knows which rows of a batch belong to one
+    sample (a preference pair has two). The loader is rebuilt without Accelerate's wrapper, since an
+    iteration of that wrapper which stops early stays registered as the active loader of the run.
 
     Args:
         trainer: The trainer whose ``train_dataset`` is read, when a score asks for data.
@@ -59,8 +59,9 @@ class TrainBatches:
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
+        self._collate: Callable[[list[Any]], Batch] | None = None
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[list[Sample] | Batch]:
         if makes_its_own_batches(self._trainer):
             raise HyperparameterError(
                 f"{type(self._trainer).__name__} generates its batches while it trains, so a score "
@@ -68,18 +69,26 @@ class TrainBatches:
                 "retouch.attach, or choose a score that needs no data, such as magnitude"
             )
         loader = self._trainer.get_train_dataloader()
-        dataset = getattr(loader, "dataset", None)
-        if dataset is None:  # a loader of the user's own making
+        if not isinstance(loader, DataLoader):  # of the user's own making
             return iter(loader)
-        if isinstance(dataset, IterableDataset):
-            plain: DataLoader[Any] = DataLoader(
-                dataset, batch_size=loader.batch_size, collate_fn=loader.collate_fn
-            )
+        self._collate = loader.collate_fn
+        options: dict[str, Any] = {"collate_fn": _samples}
+        if isinstance(loader.dataset, IterableDataset):
+            options["batch_size"] = loader.batch_size
         else:
-            plain = DataLoader(
-                dataset, batch_sampler=loader.batch_sampler, collate_fn=loader.collate_fn
-            )
-        return iter(plain)
+            options["batch_sampler"] = loader.batch_sampler
+        return iter(DataLoader(loader.dataset, **options))
+
+    def collate(self, batch: list[Sample] | Batch) -> Batch:
+        """What the trainer would make of these samples."""
+        if isinstance(batch, list):
+            assert self._collate is not None
+            return self._collate([sample.content for sample in batch])
+        return batch
+
+
+def _samples(contents: list[Any]) -> list[Sample]:
+    return [Sample(content) for content in contents]
 
 
 def makes_its_own_batches(trainer: Trainer) -> bool:
@@ -87,9 +96,7 @@ def makes_its_own_batches(trainer: Trainer) -> bool:
     return hasattr(trainer, "_buffered_inputs")
 
 
-def batches_and_loss(
-    trainer: Trainer, data: Iterable[Batch] | None
-) -> tuple[Iterable[Batch], Loss | None]:
+def data_and_loss(trainer: Trainer, data: Iterable[Batch] | None) -> tuple[Iterable[Any], Any]:
     """What `retouch.select` needs to take gradients as the run itself will take them.
 
     Args:
@@ -101,15 +108,16 @@ def batches_and_loss(
         The batches, and the loss of a model on one of them; None as the loss means the model's
         own ``loss``.
     """
-    batches = TrainBatches(trainer) if data is None else data
+    samples = TrainingSamples(trainer)
     if makes_its_own_batches(trainer):
-        return batches, None
+        return samples if data is None else data, None
 
-    def loss(model: nn.Module, batch: Batch) -> torch.Tensor:
-        inputs = dict(trainer._prepare_inputs(dict(batch)))  # compute_loss may pop the labels
+    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        # compute_loss may take the labels out of its dict
+        inputs = dict(trainer._prepare_inputs(dict(samples.collate(batch))))
         with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
             value = trainer.compute_loss(model, inputs)
         assert isinstance(value, torch.Tensor)
         return value
 
-    return batches, loss
+    return samples if data is None else data, loss

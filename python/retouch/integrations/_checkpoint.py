@@ -1,5 +1,7 @@
 """What a checkpoint of a selective run holds beside, or instead of, the model."""
 
+import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +10,15 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINING_ARGS_NAME
 
+from retouch._core import __version__
+from retouch.config import FILE as CONFIG
 from retouch.config import SelectConfig
 from retouch.delta import Delta
 from retouch.engine import Engine, get_engine
+from retouch.maskfile import FILE as MASK
 from retouch.masks import Mask
 from retouch.slots import PLACE
 
-MASK = "mask.safetensors"
-CONFIG = "retouch_config.json"
 DELTA = "delta_config.json"
 
 
@@ -29,40 +32,36 @@ def has_delta(folder: Path) -> bool:
     return (folder / DELTA).is_file()
 
 
-def save_record(folder: Path, config: SelectConfig | Mask, engine: Engine) -> None:
-    """Writes the mask, and the config if there is one, beside a saved model or delta."""
-    if isinstance(config, SelectConfig):
-        config.save_pretrained(folder)
-    if engine.mask is not None:
-        engine.mask.save(folder / MASK)
+def save_record(folder: Path, engine: Engine) -> None:
+    """Writes the mask, and the config that selected it, beside a saved model or delta."""
+    if engine.mask is None:
+        return
+    engine.mask.save(folder / MASK)
+    config = engine.mask.metadata.get("config")
+    if config is not None:
+        text = json.dumps(
+            {**config, "retouch_version": __version__}, indent=2, sort_keys=True, default=str
+        )
+        unfinished = folder / f".{CONFIG}"
+        unfinished.write_text(text + "\n", encoding="utf-8")
+        os.replace(unfinished, folder / CONFIG)
 
 
-def saved_config(folder: Path) -> SelectConfig | None:
-    """The config that a checkpoint was made with; None if it was a given mask."""
-    return SelectConfig.from_pretrained(folder) if (folder / CONFIG).is_file() else None
-
-
-def differences(mask: Mask, saved: SelectConfig | None, wanted: SelectConfig | Mask) -> str:
-    """In what the selection of a checkpoint differs from the one that is asked for.
+def differences(mask: Mask, wanted: SelectConfig | Mask) -> str:
+    """In what the selection of a checkpoint differs from the one that is asked for; "" if not.
 
     Args:
-        mask: The mask of the checkpoint.
-        saved: The config that selected it; None if it was given.
+        mask: The mask of the checkpoint; its metadata hold the config that selected it.
         wanted: What the run was told to select.
     """
     if isinstance(wanted, Mask):
-        return "" if same_mask(mask, wanted) else "another mask"
-    if saved is None:
+        return "" if mask == wanted else "another mask"
+    old = mask.metadata.get("config")
+    if old is None:
         return "a given mask"
-    old, new = saved.to_dict(), wanted.to_dict()
+    new = json.loads(json.dumps(wanted.to_dict(), default=str))
     names = [name for name in new if old.get(name) != new[name]]
     return ", ".join(f"{name}={old.get(name)!r}, now {new[name]!r}" for name in names)
-
-
-def same_mask(one: Mask, two: Mask) -> bool:
-    """Whether two masks select the same coordinates."""
-    a, b = ({name: s for name, s in mask.items() if s.count} for mask in (one, two))
-    return a.keys() == b.keys() and all(torch.equal(a[n].flat(), b[n].flat()) for n in a)
 
 
 def swap(model: nn.Module, mask: Mask, values: dict[str, Tensor]) -> dict[str, Tensor]:

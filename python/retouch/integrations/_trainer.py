@@ -15,11 +15,12 @@ from transformers.trainer_utils import IntervalStrategy
 from retouch.binding import innermost
 from retouch.config import SelectConfig
 from retouch.engine import Engine, get_engine, wrap
-from retouch.errors import EngineError
+from retouch.errors import EngineError, MaskError
 from retouch.integrations import _checkpoint
-from retouch.integrations._calibration import Batch, batches_and_loss, undisturbed
+from retouch.integrations._calibration import Batch, data_and_loss, undisturbed
 from retouch.masks import Mask
 from retouch.select import select
+from retouch.slots import PLACE
 
 Checkpoint = Literal["full", "delta"]
 MIB = 2**20
@@ -35,7 +36,6 @@ class Run:
         checkpoint: Whether checkpoints hold the whole model or only its delta.
         optimizer: A class and arguments that go before those of ``TrainingArguments``.
         resume: The checkpoint that the present ``train()`` goes on from.
-        record: What the mask was really selected by, where the checkpoint says something else.
         start: The mask and the selected weights from before that checkpoint was loaded; only where
             it holds no optimizer state.
         engine: The engine of the model, once there is an optimizer.
@@ -46,7 +46,6 @@ class Run:
     checkpoint: Checkpoint
     optimizer: tuple[type[Optimizer], dict[str, Any]] | None
     resume: Path | None = None
-    record: SelectConfig | Mask | None = None
     start: tuple[Mask, dict[str, Tensor]] | None = None
     engine: Engine | None = None
     bound: Optimizer | None = field(default=None, repr=False)
@@ -64,7 +63,7 @@ class SelectiveTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Forgets the checkpoint of an earlier call; `_load_from_checkpoint` notes a new one."""
         run = self._retouch
-        run.resume = run.record = run.start = None
+        run.resume = run.start = None
         return super().train(*args, **kwargs)
 
     # --- optimizer -----------------------------------------------------------------------------
@@ -82,7 +81,9 @@ class SelectiveTrainer(Trainer):
         refuse_the_impossible(self)
         if run.optimizer is not None:
             self.optimizer_cls_and_kwargs = run.optimizer[0], arguments_for(self, *run.optimizer)
-        optimizer = super().create_optimizer(model)
+        super().create_optimizer(model)
+        optimizer = self.optimizer
+        assert optimizer is not None
         inner = innermost(optimizer)
         target = self.accelerator.unwrap_model(self.model if model is None else model)
         inner.register_step_pre_hook(self._measure_if_due)  # before the engine's own hook
@@ -113,8 +114,16 @@ class SelectiveTrainer(Trainer):
         if isinstance(run.config, Mask):
             return run.config
         with undisturbed(self):
-            data, loss = batches_and_loss(self, run.data)
-            return select(model, run.config, data, loss_fn=loss)
+            data, loss = data_and_loss(self, run.data)
+            mask = select(model, run.config, data, loss_fn=loss)
+        named = dict(model.named_parameters())
+        frozen = [n for n, s in mask.items() if s.count and not named[n].requires_grad]
+        if frozen:
+            raise MaskError(
+                f"{len(frozen)} of the selected parameters have requires_grad=False, such as "
+                f"{frozen[0]}: thaw them, or leave them out by exclude_modules or target_modules"
+            )
+        return mask
 
     # --- metrics -------------------------------------------------------------------------------
 
@@ -156,9 +165,7 @@ class SelectiveTrainer(Trainer):
         elif self.args.should_save:
             _checkpoint.save_delta(self, folder)
         if run.engine is not None and self.args.should_save:
-            _checkpoint.save_record(
-                folder, run.config if run.record is None else run.record, run.engine
-            )
+            _checkpoint.save_record(folder, run.engine)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
@@ -192,16 +199,14 @@ class SelectiveTrainer(Trainer):
                 "retouch. To train from its weights, load them into the model and start a new run."
             )
         mask = Mask.load(folder / _checkpoint.MASK)
-        saved = _checkpoint.saved_config(folder)
-        differences = _checkpoint.differences(mask, saved, run.config)
+        differences = _checkpoint.differences(mask, run.config)
         if differences:
-            run.record = mask if saved is None else saved
             warnings.warn(
                 f"{folder} was made with another selection ({differences}); the mask of the "
                 "checkpoint is trained on",
                 stacklevel=2,
             )
-        if not _checkpoint.has_optimizer(folder) and run.engine is None:
+        if not _checkpoint.has_optimizer(folder) and PLACE not in model._modules:
             named = dict(model.named_parameters())
             mask.check(model)
             run.start = mask, {name: s.take(named[name].detach()) for name, s in mask.items()}

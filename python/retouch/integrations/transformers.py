@@ -1,5 +1,6 @@
 """Selective updates in the Hugging Face `Trainer`, and in the TRL trainers that derive from it."""
 
+import dataclasses
 import json
 import sys
 from collections.abc import Iterable
@@ -29,7 +30,9 @@ from retouch.errors import EngineError, HyperparameterError
 from retouch.integrations._calibration import Batch
 from retouch.integrations._trainer import Checkpoint, Run, SelectiveTrainer
 from retouch.masks import Mask
+from retouch.scores import as_score
 
+SAMPLES = 256  # of the training data, for scores that need data
 AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
 
 
@@ -60,9 +63,11 @@ def attach(
         trainer: A trainer that has not trained yet. It keeps its identity; its class becomes a
             subclass of the one it had.
         config: What to select, the name of a recipe, or a mask of this very model.
-        data: Collated batches for scores that need data; default the trainer's own training data
-            (as many batches as the config asks for; the order of the data and all random states
-            are left as they were). The loss is the trainer's own.
+        data: Collated batches, a row per sample, for scores that need data; default the trainer's
+            own training data, sampled as it samples them but by the seed of the config, so that
+            the run itself is not disturbed. The loss is the trainer's own. The config says how
+            many ``samples`` are seen; where it does not, a recipe sees all of them and other
+            configs see 256.
         checkpoint: ``"full"``: checkpoints and ``save_model`` hold the whole model, as ever.
             ``"delta"``: they hold the difference to the model that the trainer was given
             (`retouch.Delta.load` reads it); resuming needs that model again.
@@ -94,7 +99,9 @@ def attach(
         )
     if checkpoint not in get_args(Checkpoint):
         raise HyperparameterError(f'checkpoint={checkpoint!r}: wanted "full" or "delta"')
-    run = Run(resolved(config, overrides), data, checkpoint, _optimizer(optimizer))
+    run = Run(
+        resolved(config, overrides, own_data=data is None), data, checkpoint, _optimizer(optimizer)
+    )
     if run.optimizer is not None and trainer.optimizer is not None:
         raise HyperparameterError(
             "the trainer was given an instance by optimizers=, so optimizer= cannot replace it: "
@@ -143,14 +150,13 @@ class SelectiveUpdates(TrainerCallback, ExportableState):
         self.config = config
         self.checkpoint = checkpoint
         self.overrides = overrides
-        try:
-            json.dumps(self._arguments())
-        except TypeError as error:
+        custom = isinstance(config, SelectConfig) and config.to_dict()["score"] == "custom"
+        if custom or not _is_json(self._arguments()):
             raise HyperparameterError(
-                f"the config cannot be written as JSON ({error}), and the Trainer saves callbacks "
-                "so: use retouch.attach(trainer, config)"
-            ) from error
-        resolved(config, overrides)  # a mistake shows here and not in train()
+                "the Trainer saves its callbacks as JSON, and this config, or an override, has "
+                "something that JSON cannot hold: use retouch.attach(trainer, config)"
+            )
+        resolve(config, overrides)  # a mistake shows here and not in train()
 
     def _arguments(self) -> dict[str, Any]:
         config = self.config.to_dict() if isinstance(self.config, SelectConfig) else self.config
@@ -210,6 +216,14 @@ class SelectiveUpdates(TrainerCallback, ExportableState):
         attach(trainer, self.config, checkpoint=self.checkpoint, **self.overrides)
 
 
+def _is_json(data: Any) -> bool:
+    """Whether data come back from JSON as they are."""
+    try:
+        return bool(json.loads(json.dumps(data)) == data)
+    except TypeError:
+        return False
+
+
 def _holder(callback: TrainerCallback) -> tuple[Trainer | None, FrameType | None]:
     """The trainer among the callers that holds a callback, and the frame of its method."""
     frame: FrameType | None = sys._getframe(1)
@@ -223,10 +237,17 @@ def _holder(callback: TrainerCallback) -> tuple[Trainer | None, FrameType | None
     return None, None
 
 
-def resolved(config: SelectConfig | str | Mask, overrides: dict[str, Any]) -> SelectConfig | Mask:
+def resolved(
+    config: SelectConfig | str | Mask, overrides: dict[str, Any], *, own_data: bool
+) -> SelectConfig | Mask:
     """A config with everything decided, or the mask."""
     if not isinstance(config, Mask):
-        return resolve(config, overrides)
+        config = resolve(config, overrides)
+        score = as_score(config.score) if config.score is not None else None
+        if own_data and config.recipe is None and config.samples is None:
+            if getattr(score, "needs_data", False):
+                config = dataclasses.replace(config, samples=SAMPLES)
+        return config
     if overrides:
         raise HyperparameterError(
             f"{', '.join(overrides)}: these change a config, and a mask was given"
