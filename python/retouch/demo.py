@@ -194,7 +194,7 @@ def _proof(model: nn.Module, scene: Scene, scratch: Path, console: Console) -> d
     """Saves the delta, applies it on disk, compares, reverts in memory, compares."""
 
     def say(what: str, found: str) -> None:
-        console.print(f"  {what:<34}{found}", markup=False, highlight=False)
+        console.print(f"  {what:<37}{found}", markup=False, highlight=False)
 
     folder, tuned, base = scratch / "delta", scratch / "tuned", scene.checkpoint
     console.print(
@@ -243,7 +243,7 @@ def _proof(model: nn.Module, scene: Scene, scratch: Path, console: Console) -> d
         "changed_on_disk": found["changed"],
         "tensors_compared": reverted[0],
         "values_compared": reverted[1],
-        "applied_equalstrained": True,
+        "applied_equals_trained": True,
         "reverted_equals_base": True,
     }
 
