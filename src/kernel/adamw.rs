@@ -10,9 +10,9 @@
 //! library errs by up to one unit in the last place.
 use super::chunk::{Divide, check_len, each};
 use super::gather::{GRAIN, Target};
+use super::wide::{Isa, Loop, wide};
 use crate::error::{Error, Result};
 use crate::num::{Element, Position};
-use crate::view::check_index;
 
 /// Hyperparameters, as Python gives them.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -105,22 +105,30 @@ pub fn step<T: Element, P: Position>(
         None => None,
         Some((name, dst, index)) => {
             check_len("index", index.len(), n)?;
-            check_index(name, index, dst.len())?;
-            Some(Target { base: 0, dst, index })
+            Some(Target::new(threads, name, dst, index)?)
         }
     };
     let f = Factors::new(cfg, t);
-    each(threads, GRAIN, State { value, grad, m, v, target }, |s| run(&f, s));
+    each(threads, GRAIN, State { value, grad, m, v, target }, |state| wide(Step { f, state }));
     Ok(())
 }
 
-fn run<T: Element, P: Position>(f: &Factors, s: State<'_, T, P>) {
-    for (((x, g), m), v) in s.value.iter_mut().zip(s.grad).zip(&mut *s.m).zip(&mut *s.v) {
-        (*x, *m, *v) = f.update(*x, *g, *m, *v);
-    }
-    if let Some(t) = s.target {
-        for (p, x) in t.index.iter().zip(&*s.value) {
-            t.dst[p.at() - t.base] = T::from_f32(*x);
+/// A piece of one step.
+struct Step<'a, T, P> {
+    f: Factors,
+    state: State<'a, T, P>,
+}
+
+impl<T: Element, P: Position> Loop for Step<'_, T, P> {
+    type Output = ();
+    #[inline(always)]
+    fn run(self, _: impl Isa) {
+        let (f, s) = (self.f, self.state);
+        for (((x, g), m), v) in s.value.iter_mut().zip(s.grad).zip(s.m).zip(s.v) {
+            (*x, *m, *v) = f.update(*x, *g, *m, *v);
+        }
+        if let Some(mut target) = s.target {
+            target.write(s.value, T::from_f32);
         }
     }
 }

@@ -1,5 +1,6 @@
 //! Statistics over many steps: `score += weight * map(value)`, in f32.
 use super::chunk::{CHUNK, Divide, check_len, each};
+use super::wide::{Isa, Loop, wide};
 use crate::error::Result;
 use crate::num::Element;
 
@@ -23,18 +24,31 @@ pub fn accumulate<T: Element>(
     weight: f32,
 ) -> Result<()> {
     check_len("value", value.len(), score.len())?;
-    each(threads, CHUNK, Pair { score, value }, |w| {
-        let pairs = w.score.iter_mut().zip(w.value);
-        match map {
-            Map::Id => pairs.for_each(|(s, x)| *s = x.to_f32().mul_add(weight, *s)),
-            Map::Abs => pairs.for_each(|(s, x)| *s = x.to_f32().abs().mul_add(weight, *s)),
-            Map::Square => pairs.for_each(|(s, x)| {
-                let x = x.to_f32();
-                *s = (x * x).mul_add(weight, *s);
-            }),
+    let pair = Pair { score, value };
+    match map {
+        Map::Id => each(threads, CHUNK, pair, |p| wide(Add { pair: p, weight, map: |x| x })),
+        Map::Abs => each(threads, CHUNK, pair, |p| wide(Add { pair: p, weight, map: f32::abs })),
+        Map::Square => {
+            each(threads, CHUNK, pair, |p| wide(Add { pair: p, weight, map: |x| x * x }));
         }
-    });
+    }
     Ok(())
+}
+
+struct Add<'a, T, F> {
+    pair: Pair<'a, T>,
+    weight: f32,
+    map: F,
+}
+
+impl<T: Element, F: Fn(f32) -> f32> Loop for Add<'_, T, F> {
+    type Output = ();
+    #[inline(always)]
+    fn run(self, _: impl Isa) {
+        for (s, x) in self.pair.score.iter_mut().zip(self.pair.value) {
+            *s = (self.map)(x.to_f32()).mul_add(self.weight, *s);
+        }
+    }
 }
 
 struct Pair<'a, T> {

@@ -3,9 +3,13 @@
 //! A number is a function of (seed, stream, position) and of nothing before it, so any range can be
 //! made by any thread, in any order, with the same result.
 use super::chunk::{CHUNK, Divide, each};
+use super::wide::{Isa, Loop, wide};
 
 const MULTIPLY: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
 const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
+
+/// Blocks computed together.
+const LANES: usize = 16;
 
 /// Philox4x32-10: four random words for a counter and a key.
 #[inline(always)]
@@ -28,17 +32,31 @@ pub fn stream(name: &str) -> u64 {
 
 /// Uniform numbers in [0, 1), multiples of 2⁻²⁴; element i depends on (seed, stream, i) alone.
 pub fn uniform(threads: usize, seed: u64, stream: u64, out: &mut [f32]) {
-    each(threads, CHUNK, Range { first: 0, out }, |r| fill(seed, stream, r.first, r.out));
+    each(threads, CHUNK, Range { first: 0, out }, |range| wide(Fill { seed, stream, range }));
 }
 
-/// Elements `first..` of a stream; `first` is a multiple of four.
-fn fill(seed: u64, stream: u64, first: usize, out: &mut [f32]) {
-    let key = [seed as u32, (seed >> 32) as u32];
-    for (i, four) in out.chunks_mut(4).enumerate() {
-        let block = (first / 4 + i) as u64;
-        let counter = [block as u32, (block >> 32) as u32, stream as u32, (stream >> 32) as u32];
-        for (out, word) in four.iter_mut().zip(philox(counter, key)) {
-            *out = (word >> 8) as f32 * (1.0 / 16_777_216.0);
+struct Fill<'a> {
+    seed: u64,
+    stream: u64,
+    range: Range<'a>,
+}
+
+impl Loop for Fill<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run(self, _: impl Isa) {
+        let key = [self.seed as u32, (self.seed >> 32) as u32];
+        let [low, high] = [self.stream as u32, (self.stream >> 32) as u32];
+        // Many blocks side by side: each step of the rounds becomes a vector operation.
+        for (g, group) in self.range.out.chunks_mut(4 * LANES).enumerate() {
+            let first = (self.range.first / 4 + g * LANES) as u64;
+            let words: [[u32; 4]; LANES] = std::array::from_fn(|i| {
+                let block = first + i as u64;
+                philox([block as u32, (block >> 32) as u32, low, high], key)
+            });
+            for (out, word) in group.iter_mut().zip(words.as_flattened()) {
+                *out = (word >> 8) as f32 * (1.0 / 16_777_216.0);
+            }
         }
     }
 }

@@ -9,9 +9,9 @@
 //! multiply-add.
 use super::chunk::{Divide, check_len, each};
 use super::gather::{GRAIN, Target};
+use super::wide::{Isa, Loop, wide};
 use crate::error::{Error, Result};
 use crate::num::{Element, Position};
-use crate::view::check_index;
 
 /// Hyperparameters, as Python gives them.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -86,8 +86,7 @@ pub fn step<T: Element, P: Position>(
         None => None,
         Some((name, dst, index)) => {
             check_len("index", index.len(), n)?;
-            check_index(name, index, dst.len())?;
-            Some(Target { base: 0, dst, index })
+            Some(Target::new(threads, name, dst, index)?)
         }
     };
     let f = Factors {
@@ -99,30 +98,39 @@ pub fn step<T: Element, P: Position>(
         nesterov: cfg.nesterov,
         first,
     };
-    each(threads, GRAIN, State { value, grad, buf, target }, |s| run(&f, s));
+    each(threads, GRAIN, State { value, grad, buf, target }, |state| wide(Step { f, state }));
     Ok(())
 }
 
-fn run<T: Element, P: Position>(f: &Factors, s: State<'_, T, P>) {
-    let pairs = s.value.iter_mut().zip(s.grad);
-    match s.buf {
-        None => {
-            for (x, g) in pairs {
-                *x = f.direction(*x, *g).mul_add(f.minus_lr, *x);
+/// A piece of one step.
+struct Step<'a, T, P> {
+    f: Factors,
+    state: State<'a, T, P>,
+}
+
+impl<T: Element, P: Position> Loop for Step<'_, T, P> {
+    type Output = ();
+    #[inline(always)]
+    fn run(self, _: impl Isa) {
+        let (f, s) = (self.f, self.state);
+        let pairs = s.value.iter_mut().zip(s.grad);
+        match s.buf {
+            None => {
+                for (x, g) in pairs {
+                    *x = f.direction(*x, *g).mul_add(f.minus_lr, *x);
+                }
+            }
+            Some(buf) => {
+                for ((x, g), b) in pairs.zip(buf) {
+                    let d = f.direction(*x, *g);
+                    *b = f.buffer(*b, d);
+                    let d = if f.nesterov { b.mul_add(f.momentum, d) } else { *b };
+                    *x = d.mul_add(f.minus_lr, *x);
+                }
             }
         }
-        Some(buf) => {
-            for ((x, g), b) in pairs.zip(buf) {
-                let d = f.direction(*x, *g);
-                *b = f.buffer(*b, d);
-                let d = if f.nesterov { b.mul_add(f.momentum, d) } else { *b };
-                *x = d.mul_add(f.minus_lr, *x);
-            }
-        }
-    }
-    if let Some(t) = s.target {
-        for (p, x) in t.index.iter().zip(&*s.value) {
-            t.dst[p.at() - t.base] = T::from_f32(*x);
+        if let Some(mut target) = s.target {
+            target.write(s.value, T::from_f32);
         }
     }
 }

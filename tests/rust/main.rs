@@ -5,6 +5,7 @@ mod bits;
 mod files;
 mod hostile;
 mod moving;
+mod numbers;
 mod random;
 mod sampled;
 mod selecting;
