@@ -42,6 +42,16 @@ pub(crate) fn wide<L: Loop>(work: L) -> L::Output {
     work.run(Plain) // the target's baseline, such as NEON, is all there is
 }
 
+/// Whether a level may be used; tests forbid some.
+#[cfg(all(target_arch = "x86_64", not(test)))]
+fn allowed(_level: u8) -> bool {
+    true
+}
+#[cfg(test)]
+fn allowed(level: u8) -> bool {
+    level <= tests::LEVEL.load(std::sync::atomic::Ordering::Relaxed)
+}
+
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use super::{Isa, Loop, Plain, WORD};
@@ -57,13 +67,15 @@ mod x86 {
 
     pub(super) fn wide<L: Loop>(work: L) -> L::Output {
         // The standard library asks the processor once and remembers.
-        let v3_here = is_x86_feature_detected!("avx2")
+        let v3_here = super::allowed(3)
+            && is_x86_feature_detected!("avx2")
             && is_x86_feature_detected!("fma")
             && is_x86_feature_detected!("bmi1")
             && is_x86_feature_detected!("bmi2")
             && is_x86_feature_detected!("lzcnt")
             && is_x86_feature_detected!("popcnt");
         let v4_here = v3_here
+            && super::allowed(4)
             && is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512bw")
             && is_x86_feature_detected!("avx512dq")
@@ -130,5 +142,69 @@ mod x86 {
             // SAFETY: a `V4` exists only where AVX-512 does.
             unsafe { go(ranks, bound) }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::kernel::adamw::{self, AdamW};
+    use crate::kernel::gather::{gather, scatter};
+    use crate::kernel::reduce::{Map, accumulate};
+    use crate::kernel::rng::uniform;
+    use crate::kernel::select::{Order, threshold, topk, topk_rows};
+    use crate::kernel::sgd::{self, Sgd};
+    use crate::num::Element;
+    use crate::view::Positions;
+    use half::{bf16, f16};
+    use std::sync::atomic::{AtomicU8, Ordering::Relaxed};
+
+    /// The highest level that may be used.
+    pub(super) static LEVEL: AtomicU8 = AtomicU8::new(4);
+
+    fn select<T: Element>(x: &[f32]) -> Vec<Positions> {
+        let x: Vec<T> = x.iter().map(|x| T::from_f32(x - 0.5)).collect();
+        let parts = [("a", &x[..70_001]), ("b", &x[70_001..])];
+        let mut all = Vec::new();
+        for (order, absolute) in [(Order::Largest, true), (Order::Smallest, false)] {
+            for k in [1, 1234, 50_000] {
+                all.extend(topk(2, &parts, k, order, absolute).unwrap());
+            }
+            all.extend(threshold(2, &parts, 0.3, order, absolute).unwrap());
+            all.push(topk_rows(2, "a", &x, 1503, 100, order, absolute).unwrap());
+        }
+        all
+    }
+
+    fn step<T: Element>(x: &[f32]) -> Vec<u64> {
+        let n = 20_003;
+        let (mut value, mut m, mut v) = (x[..n].to_vec(), x[1..=n].to_vec(), x[2..n + 2].to_vec());
+        let mut weight: Vec<T> = x.iter().map(|x| T::from_f32(*x)).collect();
+        let index: Vec<i32> = (0..n as i32).map(|i| 5 * i + i % 3).collect();
+        let (lr, weight_decay, maximize) = (1e-2, 0.1, false);
+        let c = AdamW { lr, beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay, maximize };
+        let to = Some(("w", &mut weight[..], &index[..]));
+        adamw::step(2, &c, 3, &mut value, &x[3..n + 3], &mut m, &mut v, to).unwrap();
+        let c = Sgd { lr, momentum: 0.9, dampening: 0.1, weight_decay, nesterov: true, maximize };
+        let to = Some(("w", &mut weight[..], &index[..]));
+        sgd::step(2, &c, false, &mut value, &x[4..n + 4], Some(&mut m), to).unwrap();
+        accumulate(2, &mut v, &weight[..n], Map::Square, 0.7).unwrap();
+        gather(2, "w", &weight, &index, &mut m, true).unwrap();
+        scatter(2, "w", &mut weight, &index, &m).unwrap();
+        let wide = [value, m, v].concat();
+        wide.iter().map(|x| x.bits()).chain(weight.iter().map(|x| x.bits())).collect()
+    }
+
+    #[test]
+    fn every_instruction_set_gives_the_same_bits() {
+        let run = |level| {
+            LEVEL.store(level, Relaxed);
+            let mut x = vec![0.0; 1503 * 100];
+            uniform(2, 1, 2, &mut x);
+            let selected = [select::<f32>(&x), select::<f16>(&x), select::<bf16>(&x)];
+            (selected, [step::<f32>(&x), step::<f16>(&x), step::<bf16>(&x)])
+        };
+        let best = run(4);
+        assert!(best == run(3), "AVX2");
+        assert!(best == run(2), "the baseline");
     }
 }
