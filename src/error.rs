@@ -85,6 +85,9 @@ pub enum Error {
         /// what is wrong
         why: String,
     },
+    /// The caller asked to stop.
+    #[error("stopped before the end; nothing was written")]
+    Stopped,
     /// The operating system refused.
     #[error("{}: {source}", .path.display())]
     Io {

@@ -1,4 +1,5 @@
 //! A checkpoint and a delta to another checkpoint, there and back.
+use super::Run;
 use super::check::{Side, check_shapes, differing, refuse};
 use super::config::{Delta, Entry, Kind};
 use crate::error::{Error, Result};
@@ -21,7 +22,7 @@ enum Edit<'a> {
 }
 
 struct Job<'a> {
-    threads: usize,
+    run: Run<'a>,
     source: &'a Checkpoint,
     delta: &'a Delta,
     edits: BTreeMap<&'a str, Edit<'a>>,
@@ -31,7 +32,7 @@ struct Job<'a> {
 
 /// Writes `base` with the changes of the delta. `force` skips the checks of what it was made from.
 pub fn apply(
-    threads: usize,
+    run: Run<'_>,
     base: &Path,
     delta: &Path,
     out: &Path,
@@ -43,7 +44,7 @@ pub fn apply(
     let output = Output::new(out, is_folder(out, &source)?, overwrite)?;
     if !force {
         // a tensor that has the result already stays as it is: applying twice is applying once
-        refuse(differing(threads, &source, &delta, &[Side::Base, Side::Result])?)?;
+        refuse(differing(run, &source, &delta, &[Side::Base, Side::Result])?)?;
     }
     check_shapes(&source, &delta)?;
     let mut edits = BTreeMap::new();
@@ -58,12 +59,12 @@ pub fn apply(
         }
     }
     let side = (!force).then_some(Side::Result);
-    Job { threads, source: &source, delta: &delta, edits, side }.run(output, out)
+    Job { run, source: &source, delta: &delta, edits, side }.run(output, out)
 }
 
 /// Writes `tuned` without the changes of the delta, with the old values of the delta or of `base`.
 pub fn revert(
-    threads: usize,
+    run: Run<'_>,
     tuned: &Path,
     delta: &Path,
     out: &Path,
@@ -86,9 +87,9 @@ pub fn revert(
     }
     let output = Output::new(out, is_folder(out, &source)?, overwrite)?;
     if !force {
-        refuse(differing(threads, &source, &delta, &[Side::Result, Side::Base])?)?;
+        refuse(differing(run, &source, &delta, &[Side::Result, Side::Base])?)?;
         if let Some(base) = &base {
-            refuse(differing(threads, base, &delta, &[Side::Base])?)?;
+            refuse(differing(run, base, &delta, &[Side::Base])?)?;
         }
     }
     check_shapes(&source, &delta)?;
@@ -117,7 +118,7 @@ pub fn revert(
         }
     }
     let side = (!force).then_some(Side::Base);
-    Job { threads, source: &source, delta: &delta, edits, side }.run(output, out)
+    Job { run, source: &source, delta: &delta, edits, side }.run(output, out)
 }
 
 /// The names to edit: those the checkpoint has, or the tensor's own if it has none.
@@ -213,6 +214,7 @@ impl Job<'_> {
             writer = Writer::create(path, &header)?;
         }
         for e in &header.entries {
+            (self.run.go_on)()?;
             self.tensor(&mut writer, &e.name, shard.get(&e.name))?;
         }
         writer.finish()?;
@@ -254,7 +256,7 @@ impl Job<'_> {
         let mut hash = Hash::new(&entry.dtype, &entry.shape);
         bits::patched(bytes, patch, |block| {
             if wanted.is_some() {
-                hash.update(self.threads, block);
+                hash.update(self.run.threads, block);
             }
             put(writer, block)
         })?;

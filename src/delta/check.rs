@@ -1,4 +1,5 @@
 //! Does a checkpoint belong to a delta?
+use super::Run;
 use super::config::{CONFIG, Delta, Entry, WEIGHTS};
 use crate::error::{Error, Result};
 use crate::io::{self, Checkpoint, Tensor};
@@ -27,14 +28,14 @@ impl Entry {
     }
 }
 
-pub(super) fn hash(threads: usize, t: Tensor<'_>) -> Result<String> {
-    bits::fingerprint(threads, t.dtype, t.shape, t.bytes, None)
+pub(super) fn hash(run: Run<'_>, t: Tensor<'_>) -> Result<String> {
+    bits::fingerprint(run.threads, t.dtype, t.shape, t.bytes, None)
 }
 
 /// Whether a tensor is in that state, under every name that the checkpoint has for it. `sides` are the
 /// states that will do.
 fn matches(
-    threads: usize,
+    run: Run<'_>,
     checkpoint: &Checkpoint,
     delta: &Delta,
     name: &str,
@@ -54,7 +55,7 @@ fn matches(
         }
         // a delta that was made without its base knows no hash: nothing to compare with
         if wanted.iter().all(Option::is_some)
-            && !wanted.contains(&Some(hash(threads, tensor)?.as_str()))
+            && !wanted.contains(&Some(hash(run, tensor)?.as_str()))
         {
             return Ok(false);
         }
@@ -64,14 +65,15 @@ fn matches(
 
 /// The tensors of a checkpoint that are in none of the given states.
 pub(super) fn differing(
-    threads: usize,
+    run: Run<'_>,
     checkpoint: &Checkpoint,
     delta: &Delta,
     sides: &[Side],
 ) -> Result<Vec<String>> {
     let mut names = Vec::new();
     for (name, entry) in &delta.tensors {
-        if !matches(threads, checkpoint, delta, name, entry, sides)? {
+        (run.go_on)()?;
+        if !matches(run, checkpoint, delta, name, entry, sides)? {
             names.push(name.clone());
         }
     }
@@ -79,15 +81,10 @@ pub(super) fn differing(
 }
 
 /// The tensors that are not as the delta wants its base (or, with `result`, as it leaves them).
-pub fn verify(
-    threads: usize,
-    checkpoint: &Path,
-    delta: &Path,
-    result: bool,
-) -> Result<Vec<String>> {
+pub fn verify(run: Run<'_>, checkpoint: &Path, delta: &Path, result: bool) -> Result<Vec<String>> {
     let (checkpoint, delta) = (Checkpoint::open(checkpoint)?, Delta::open(delta)?);
     let side = if result { Side::Result } else { Side::Base };
-    differing(threads, &checkpoint, &delta, &[side])
+    differing(run, &checkpoint, &delta, &[side])
 }
 
 /// Everything a delta says of itself, and its sizes in bytes. Reads and checks all positions.

@@ -1,9 +1,11 @@
 //! Two checkpoints to a delta.
+use super::Run;
 use super::check::hash;
 use super::config::{CONFIG, Encoding, Entry, Kind, WEIGHTS, config, encoding};
 use crate::error::Result;
 use crate::io::{self, Checkpoint, Output, Tensor, Writer};
 use crate::kernel::{bits, pack};
+use crate::view::{Index, Positions};
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -26,7 +28,7 @@ pub struct DiffOptions<'a> {
 
 /// Compares two checkpoints and, with `out`, writes the delta from `base` to `tuned`.
 pub fn diff(
-    threads: usize,
+    run: Run<'_>,
     base: &Path,
     tuned: &Path,
     out: Option<&Path>,
@@ -42,19 +44,27 @@ pub fn diff(
     let (base, tuned) = (Checkpoint::open(base)?, Checkpoint::open(tuned)?);
     let names: BTreeSet<&str> = base.names().chain(tuned.names()).collect();
     let mut entries = BTreeMap::new();
+    let mut held = Held::default();
     let (mut total, mut same) = (0_usize, 0_usize);
     for name in &names {
+        (run.go_on)()?;
         let (old, new) = (base.get(name), tuned.get(name));
         total += new.map_or(0, |t| t.shape.iter().product());
-        match compare(threads, &tuned.path, name, old, new)? {
-            Some(entry) => drop(entries.insert(name.to_string(), entry)),
+        held.room = held.room.max(new.map_or(0, |t| t.bytes.len()));
+        match compare(run, &tuned.path, name, old, new)? {
+            Some((entry, positions)) => {
+                if let Some(positions) = positions.filter(|_| output.is_some()) {
+                    held.keep(name, positions);
+                }
+                entries.insert(name.to_string(), entry);
+            }
             None => same += 1,
         }
     }
     let config = config(&entries, options.base_model, &options.metadata);
     let mut bytes = 0;
     if let Some(output) = output {
-        bytes = write(threads, &base, &tuned, &entries, options.reversible, &output)?;
+        bytes = write(run, &base, &tuned, &entries, held, options.reversible, &output)?;
         output.write(CONFIG, format!("{config:#}\n").as_bytes())?;
         output.publish()?;
     }
@@ -65,14 +75,34 @@ pub fn diff(
     }))
 }
 
+/// Positions of the first pass that need not be found again in the second: as many as fit the room,
+/// which is that of the largest tensor.
+#[derive(Default)]
+struct Held {
+    room: usize,
+    used: usize,
+    positions: BTreeMap<String, Positions>,
+}
+
+impl Held {
+    fn keep(&mut self, name: &str, positions: Positions) {
+        let width = if matches!(positions, Positions::Small(_)) { 4 } else { 8 };
+        let size = positions.len() * width;
+        if self.used + size <= self.room {
+            self.used += size;
+            self.positions.insert(name.to_string(), positions);
+        }
+    }
+}
+
 /// What became of one tensor; nothing if it is the same.
 fn compare(
-    threads: usize,
+    run: Run<'_>,
     tuned: &Path,
     name: &str,
     old: Option<Tensor<'_>>,
     new: Option<Tensor<'_>>,
-) -> Result<Option<Entry>> {
+) -> Result<Option<(Entry, Option<Positions>)>> {
     let Some(t) = new.or(old) else { return Ok(None) };
     let numel = t.shape.iter().product();
     let mut entry = Entry {
@@ -84,6 +114,7 @@ fn compare(
         base_hash: None,
         result_hash: None,
     };
+    let mut positions = None;
     match (old, new) {
         (Some(a), Some(b)) => {
             if a.dtype != b.dtype || a.shape != b.shape {
@@ -95,13 +126,13 @@ fn compare(
                 return Err(io::format(tuned, why));
             }
             if let Some(width) = io::width(a.dtype) {
-                entry.count = bits::count(threads, width, a.bytes, b.bytes)?;
+                (entry.count, positions) =
+                    bits::diff_up_to(run.threads, width, a.bytes, b.bytes, numel / 2)?;
                 if entry.count == 0 {
                     return Ok(None);
                 }
-                if entry.count <= numel / 2 {
+                if let Some(positions) = &positions {
                     entry.kind = Kind::Sparse;
-                    let positions = bits::diff(threads, width, a.bytes, b.bytes)?;
                     entry.encoding = encoding(positions.index());
                 }
             } else if a.bytes == b.bytes {
@@ -111,17 +142,18 @@ fn compare(
         (None, _) => entry.kind = Kind::Added,
         (Some(_), None) => entry.kind = Kind::Removed,
     }
-    entry.base_hash = old.map(|t| hash(threads, t)).transpose()?;
-    entry.result_hash = new.map(|t| hash(threads, t)).transpose()?;
-    Ok(Some(entry))
+    entry.base_hash = old.map(|t| hash(run, t)).transpose()?;
+    entry.result_hash = new.map(|t| hash(run, t)).transpose()?;
+    Ok(Some((entry, positions)))
 }
 
 /// Writes the tensors of a delta; returns the size of the file.
 fn write(
-    threads: usize,
+    run: Run<'_>,
     base: &Checkpoint,
     tuned: &Checkpoint,
     entries: &BTreeMap<String, Entry>,
+    mut held: Held,
     reversible: bool,
     output: &Output,
 ) -> Result<usize> {
@@ -150,10 +182,16 @@ fn write(
     let header = io::layout(&path, tensors, metadata)?;
     let mut writer = Writer::create(&path, &header)?;
     for (name, e) in entries {
+        (run.go_on)()?;
         let (old, new) = (base.get(name), tuned.get(name));
         match (e.kind, old, new) {
             (Kind::Sparse, Some(a), Some(b)) => {
-                sparse(threads, &mut writer, name, e, [a, b], reversible)?;
+                let width = io::width(&e.dtype).unwrap_or(1);
+                let positions = match held.positions.remove(name) {
+                    Some(positions) => positions,
+                    None => bits::diff(run.threads, width, a.bytes, b.bytes)?,
+                };
+                sparse(&mut writer, name, e, positions.index(), [a, b], reversible)?;
                 continue;
             }
             (_, _, Some(b)) => writer.put(name, 0, b.bytes)?,
@@ -169,16 +207,14 @@ fn write(
 }
 
 fn sparse(
-    threads: usize,
     writer: &mut Writer,
     name: &str,
     entry: &Entry,
+    index: Index<'_>,
     [old, new]: [Tensor<'_>; 2],
     reversible: bool,
 ) -> Result<()> {
     let width = io::width(&entry.dtype).unwrap_or(1);
-    let positions = bits::diff(threads, width, old.bytes, new.bytes)?;
-    let index = positions.index();
     let names = [format!("{name}.idx"), format!("{name}.val"), format!("{name}.old")];
     let mut at = 0;
     for from in (0..index.len()).step_by(STEP) {

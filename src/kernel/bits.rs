@@ -40,19 +40,30 @@ macro_rules! with_width {
 
 /// Positions of the elements of `width` bytes whose bits differ.
 pub fn diff(threads: usize, width: usize, a: &[u8], b: &[u8]) -> Result<Positions> {
+    Ok(diff_up_to(threads, width, a, b, usize::MAX)?.1.unwrap_or(Positions::Small(Vec::new())))
+}
+
+/// How many elements differ, and which if there are at most `most`.
+pub fn diff_up_to(
+    threads: usize,
+    width: usize,
+    a: &[u8],
+    b: &[u8],
+    most: usize,
+) -> Result<(usize, Option<Positions>)> {
     with_width!(width, Word => {
         let counts = counts::<Word>(threads, a, b)?;
-        Ok(if a.len() / width < 1 << 31 {
+        let count = counts.iter().sum();
+        if count > most {
+            return Ok((count, None));
+        }
+        let found = if a.len() / width < 1 << 31 {
             Positions::Small(positions::<Word, i32>(threads, a, b, &counts))
         } else {
             Positions::Large(positions::<Word, i64>(threads, a, b, &counts))
-        })
+        };
+        Ok((count, Some(found)))
     })
-}
-
-/// How many elements of `width` bytes differ.
-pub fn count(threads: usize, width: usize, a: &[u8], b: &[u8]) -> Result<usize> {
-    with_width!(width, Word => Ok(counts::<Word>(threads, a, b)?.iter().sum()))
 }
 
 /// An element as an integer.

@@ -22,6 +22,7 @@ impl From<Error> for PyErr {
             Error::Budget { .. } => BudgetError::new_err(text),
             Error::Index { .. } => MaskError::new_err(text),
             Error::Base { .. } => BaseMismatchError::new_err(text),
+            Error::Stopped => pyo3::exceptions::PyKeyboardInterrupt::new_err(text),
             Error::Format { .. } => FormatError::new_err(text),
             Error::Io { path, source } => {
                 // errno and file name make Python choose FileNotFoundError, PermissionError, ...

@@ -1,9 +1,10 @@
 //! Checkpoints and deltas on disk. Results come as JSON text: they are for reading, not for computing.
 use super::threads;
-use crate::delta::{self, DiffOptions};
-use crate::error::Error;
+use crate::delta::{self, DiffOptions, Run};
+use crate::error::{Error, Result};
 use pyo3::prelude::*;
 use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
 
 pub(super) fn add(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(diff_files, m)?)?;
@@ -12,6 +13,23 @@ pub(super) fn add(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(verify_files, m)?)?;
     m.add_function(wrap_pyfunction!(show_files, m)?)?;
     Ok(())
+}
+
+/// Runs `f` without the GIL; a signal such as Ctrl-C ends it between two tensors.
+fn run<T: Send>(py: Python<'_>, f: impl FnOnce(Run<'_>) -> Result<T> + Send) -> PyResult<T> {
+    let threads = threads(py)?;
+    let signal = Mutex::new(None);
+    let go_on = || {
+        Python::with_gil(|py| py.check_signals()).map_err(|e| {
+            *signal.lock().unwrap_or_else(PoisonError::into_inner) = Some(e);
+            Error::Stopped
+        })
+    };
+    let result = py.allow_threads(|| f(Run { threads, go_on: &go_on }));
+    match signal.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        Some(e) => Err(e),
+        None => Ok(result?),
+    }
 }
 
 /// Compares two checkpoints; with `out`, writes the delta.
@@ -29,7 +47,6 @@ fn diff_files(
     base_model: Option<String>,
     metadata_json: Option<String>,
 ) -> PyResult<String> {
-    let threads = threads(py)?;
     let metadata = serde_json::from_str(metadata_json.as_deref().unwrap_or("{}"));
     let metadata = metadata.map_err(|e| Error::Value {
         name: "metadata_json".to_string(),
@@ -38,8 +55,7 @@ fn diff_files(
     })?;
     let base_model = base_model.as_deref();
     let options = DiffOptions { reversible, overwrite, base_model, metadata };
-    let stats =
-        py.allow_threads(|| delta::diff(threads, &base, &tuned, out.as_deref(), &options))?;
+    let stats = run(py, |run| delta::diff(run, &base, &tuned, out.as_deref(), &options))?;
     Ok(stats.to_string())
 }
 
@@ -54,9 +70,7 @@ fn apply_files(
     force: bool,
     overwrite: bool,
 ) -> PyResult<String> {
-    let threads = threads(py)?;
-    let stats =
-        py.allow_threads(|| delta::apply(threads, &base, &delta, &out, force, overwrite))?;
+    let stats = run(py, |run| delta::apply(run, &base, &delta, &out, force, overwrite))?;
     Ok(stats.to_string())
 }
 
@@ -72,10 +86,8 @@ fn revert_files(
     force: bool,
     overwrite: bool,
 ) -> PyResult<String> {
-    let threads = threads(py)?;
-    let stats = py.allow_threads(|| {
-        delta::revert(threads, &tuned, &delta, &out, base.as_deref(), force, overwrite)
-    })?;
+    let stats =
+        run(py, |run| delta::revert(run, &tuned, &delta, &out, base.as_deref(), force, overwrite))?;
     Ok(stats.to_string())
 }
 
@@ -88,8 +100,7 @@ fn verify_files(
     delta: PathBuf,
     result: bool,
 ) -> PyResult<String> {
-    let threads = threads(py)?;
-    let names = py.allow_threads(|| delta::verify(threads, &checkpoint, &delta, result))?;
+    let names = run(py, |run| delta::verify(run, &checkpoint, &delta, result))?;
     Ok(serde_json::Value::from(names).to_string())
 }
 

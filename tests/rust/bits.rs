@@ -1,6 +1,6 @@
 //! Differing bits, patches and fingerprints against literal versions.
 use proptest::prelude::*;
-use retouch::kernel::bits::{Changes, count, diff, fingerprint, patched, take};
+use retouch::kernel::bits::{Changes, diff, diff_up_to, fingerprint, patched, take};
 use retouch::kernel::pack;
 use retouch::view::{Index, Positions};
 use retouch::{Error, Result};
@@ -40,7 +40,12 @@ fn diff_finds_what_differs_at_every_width_and_thread_count() {
                 for threads in [1, 2, 5] {
                     let got = diff(threads, width, &a, &b).unwrap();
                     assert_eq!(got, Positions::Small(want.clone()), "{width} {numel} {step}");
-                    assert_eq!(count(threads, width, &a, &b).unwrap(), want.len());
+                    let most = diff_up_to(threads, width, &a, &b, want.len()).unwrap();
+                    assert_eq!(most, (want.len(), Some(got)));
+                    if let Some(less) = want.len().checked_sub(1) {
+                        let none = diff_up_to(threads, width, &a, &b, less).unwrap();
+                        assert_eq!(none, (want.len(), None));
+                    }
                 }
             }
         }

@@ -1,6 +1,6 @@
 //! Deltas between checkpoints on disk. Files are written and read by the `safetensors` crate, not by ours.
 use retouch::delta::{
-    CONFIG, Delta, DiffOptions, Kind, WEIGHTS, apply, diff, revert, show, verify,
+    CONFIG, Delta, DiffOptions, Kind, Run, WEIGHTS, apply, diff, revert, show, verify,
 };
 use retouch::io::Checkpoint;
 use retouch::{Error, Result};
@@ -136,7 +136,7 @@ impl Place {
         write_sharded(&place.at("base"), base, shards[0]);
         write_sharded(&place.at("tuned"), tuned, shards[1]);
         let (b, t, d) = (place.at("base"), place.at("tuned"), place.at("delta"));
-        diff(2, &b, &t, Some(&d), &options(reversible)).unwrap();
+        diff(Run::new(2), &b, &t, Some(&d), &options(reversible)).unwrap();
         place
     }
     pub(crate) fn ordinary() -> Place {
@@ -147,12 +147,12 @@ impl Place {
         self.0.path().join(name)
     }
     pub(crate) fn apply(&self, base: &str, out: &str) -> Result<Value> {
-        apply(2, &self.at(base), &self.at("delta"), &self.at(out), false, false)
+        apply(Run::new(2), &self.at(base), &self.at("delta"), &self.at(out), false, false)
     }
     fn revert(&self, tuned: &str, out: &str, base: Option<&str>) -> Result<Value> {
         let base = base.map(|b| self.at(b));
         let (t, d, o) = (self.at(tuned), self.at("delta"), self.at(out));
-        revert(2, &t, &d, &o, base.as_deref(), false, false)
+        revert(Run::new(2), &t, &d, &o, base.as_deref(), false, false)
     }
     /// Names in the place, to see litter.
     pub(crate) fn names(&self) -> Vec<String> {
@@ -201,7 +201,7 @@ fn there_and_back_over_dtypes_shards_and_thread_counts() {
     let delta = |threads, shards| {
         let place = Place::new(&base, &tuned, shards, true);
         let (b, t, d) = (place.at("base"), place.at("tuned"), place.at("again"));
-        diff(threads, &b, &t, Some(&d), &options(true)).unwrap();
+        diff(Run::new(threads), &b, &t, Some(&d), &options(true)).unwrap();
         [CONFIG, WEIGHTS].map(|f| fs::read(d.join(f)).unwrap())
     };
     assert!(delta(1, [1, 1]) == delta(4, [3, 2]));
@@ -270,9 +270,16 @@ fn single_files_in_and_out() {
     let at = |n: &str| dir.path().join(n);
     write(&at("base.safetensors"), &base);
     write(&at("tuned.safetensors"), &tuned);
-    diff(1, &at("base.safetensors"), &at("tuned.safetensors"), Some(&at("d")), &options(false))
-        .unwrap();
-    let run = |out: &str| apply(1, &at("base.safetensors"), &at("d"), &at(out), false, false);
+    diff(
+        Run::new(1),
+        &at("base.safetensors"),
+        &at("tuned.safetensors"),
+        Some(&at("d")),
+        &options(false),
+    )
+    .unwrap();
+    let run =
+        |out: &str| apply(Run::new(1), &at("base.safetensors"), &at("d"), &at(out), false, false);
     run("deep/er/out.safetensors").unwrap();
     assert_eq!(
         fs::read(at("deep/er/out.safetensors")).unwrap(),
@@ -289,16 +296,22 @@ fn without_an_output_diff_only_counts() {
     let (base, tuned) = pair();
     let place = Place::new(&base, &tuned, [1, 1], true);
     let before = place.names();
-    let stats = diff(1, &place.at("base"), &place.at("tuned"), None, &options(true)).unwrap();
+    let stats =
+        diff(Run::new(1), &place.at("base"), &place.at("tuned"), None, &options(true)).unwrap();
     let differ = |n: &String| base[n] != tuned[n];
     assert_eq!(stats["changed_tensors"], base.keys().filter(|n| differ(n)).count());
     assert_eq!(stats["config"], place.config());
     assert_eq!(place.names(), before);
-    let none =
-        diff(1, &place.at("base"), &place.at("base"), Some(&place.at("none")), &options(true));
+    let none = diff(
+        Run::new(1),
+        &place.at("base"),
+        &place.at("base"),
+        Some(&place.at("none")),
+        &options(true),
+    );
     assert_eq!(none.unwrap()["changed"], 0);
     let (b, d) = (place.at("base"), place.at("none"));
-    apply(1, &b, &d, &place.at("same"), false, false).unwrap();
+    apply(Run::new(1), &b, &d, &place.at("same"), false, false).unwrap();
     assert_eq!(read_all(&place.at("same")), base);
 }
 
@@ -315,14 +328,14 @@ fn another_base_is_refused_by_name_and_leaves_nothing() {
         other => panic!("{other:?}"),
     }
     assert!(matches!(place.revert("other", "out", None), Err(Error::Base { .. })));
-    let names = verify(1, &place.at("other"), &place.at("delta"), false).unwrap();
+    let names = verify(Run::new(1), &place.at("other"), &place.at("delta"), false).unwrap();
     assert_eq!(names, ["dense", "sparse.BF16"]);
-    assert_eq!(verify(1, &place.at("base"), &place.at("delta"), false).unwrap(), [""; 0]);
-    assert_eq!(verify(1, &place.at("tuned"), &place.at("delta"), true).unwrap(), [""; 0]);
-    assert!(!verify(1, &place.at("base"), &place.at("delta"), true).unwrap().is_empty());
+    assert_eq!(verify(Run::new(1), &place.at("base"), &place.at("delta"), false).unwrap(), [""; 0]);
+    assert_eq!(verify(Run::new(1), &place.at("tuned"), &place.at("delta"), true).unwrap(), [""; 0]);
+    assert!(!verify(Run::new(1), &place.at("base"), &place.at("delta"), true).unwrap().is_empty());
     assert_eq!(place.names(), before);
     let (o, d) = (place.at("other"), place.at("delta"));
-    apply(1, &o, &d, &place.at("out"), true, false).unwrap();
+    apply(Run::new(1), &o, &d, &place.at("out"), true, false).unwrap();
     let forced = read_all(&place.at("out"));
     assert_eq!(forced["dense"], tuned["dense"]);
     assert_eq!(forced["sparse.BF16"].2[5], base["sparse.BF16"].2[5]);
@@ -337,7 +350,7 @@ fn a_change_of_dtype_or_shape_is_refused() {
     let before = place.names();
     let (b, r, o) = (place.at("base"), place.at("reshaped"), place.at("out"));
     format_error(
-        diff(1, &b, &r, Some(&o), &options(false)),
+        diff(Run::new(1), &b, &r, Some(&o), &options(false)),
         "reshaped",
         "tensor same is F32 [3, 1]",
     );
@@ -346,10 +359,10 @@ fn a_change_of_dtype_or_shape_is_refused() {
     let mut other = base.clone();
     other.insert("wide".into(), (Dtype::BF16, vec![200_000], base["wide"].2.clone()));
     write_sharded(&wrong, &other, 1);
-    format_error(apply(1, &wrong, &d, &o, true, false), "wrong", "tensor wide is BF16");
+    format_error(apply(Run::new(1), &wrong, &d, &o, true, false), "wrong", "tensor wide is BF16");
     other.remove("wide");
     write_sharded(&wrong, &other, 1);
-    format_error(apply(1, &wrong, &d, &o, true, false), "wrong", "no tensor wide");
+    format_error(apply(Run::new(1), &wrong, &d, &o, true, false), "wrong", "no tensor wide");
 }
 
 #[test]
@@ -371,18 +384,49 @@ fn outputs_are_refused_or_replaced_whole() {
     let error = place.apply("base", "out").unwrap_err();
     assert!(error.to_string().contains("overwrite"), "{error}");
     assert!(o.join("mine.txt").exists());
-    apply(1, &b, &d, &o, false, true).unwrap();
+    apply(Run::new(1), &b, &d, &o, false, true).unwrap();
     assert!(!o.join("mine.txt").exists());
     // never onto or around an input, and never over a folder of other things
     for out in [&b, &d, &place.0.path().to_path_buf(), &place.at("out/../base")] {
-        assert!(matches!(apply(1, &b, &d, out, false, true), Err(Error::Value { .. })), "{out:?}");
+        assert!(
+            matches!(apply(Run::new(1), &b, &d, out, false, true), Err(Error::Value { .. })),
+            "{out:?}"
+        );
     }
     fs::create_dir(place.at("home")).unwrap();
     fs::write(place.at("home/diary.txt"), "dear").unwrap();
-    let home = apply(1, &b, &d, &place.at("home"), false, true);
+    let home = apply(Run::new(1), &b, &d, &place.at("home"), false, true);
     assert!(matches!(home, Err(Error::Value { .. })));
     assert_eq!(fs::read(place.at("home/diary.txt")).unwrap(), b"dear");
     fs::create_dir(place.at("empty")).unwrap();
     place.apply("base", "empty").unwrap();
     assert_eq!(place.names(), ["base", "delta", "empty", "home", "out", "tuned"]);
+}
+
+#[test]
+fn a_stopped_operation_leaves_nothing() {
+    let place = Place::ordinary();
+    let before = place.names();
+    let (b, t, d, o) = (place.at("base"), place.at("tuned"), place.at("delta"), place.at("out"));
+    let mut finished = 0;
+    for left in 0..80 {
+        let left = std::sync::atomic::AtomicIsize::new(left);
+        let go_on = || match left.fetch_sub(1, std::sync::atomic::Ordering::Relaxed) {
+            ..=0 => Err(Error::Stopped),
+            _ => Ok(()),
+        };
+        let run = Run { threads: 2, go_on: &go_on };
+        let made = diff(run, &b, &t, Some(&o), &options(true)).map(drop);
+        let made = made.and_then(|()| fs::remove_dir_all(&o).map_err(|_| Error::Stopped));
+        match made.and_then(|()| apply(run, &b, &d, &o, false, false).map(drop)) {
+            Ok(()) => {
+                finished += 1;
+                fs::remove_dir_all(&o).unwrap();
+            }
+            Err(Error::Stopped) => {}
+            Err(other) => panic!("{other}"),
+        }
+        assert_eq!(place.names(), before);
+    }
+    assert!(finished > 0 && finished < 80, "{finished}");
 }

@@ -1,7 +1,7 @@
 //! Damaged, truncated and hostile files: an error with the path, never a panic, and nothing left behind.
 use crate::files::{Place, format_error, pair};
 use proptest::prelude::*;
-use retouch::delta::{CONFIG, Delta, WEIGHTS, apply, show};
+use retouch::delta::{CONFIG, Delta, Run, WEIGHTS, apply, show};
 use retouch::io::Checkpoint;
 use retouch::{Error, Result};
 use serde_json::{Value, json};
@@ -220,7 +220,14 @@ fn positions_and_values_are_not_trusted() {
             x[..4].copy_from_slice(&a.to_le_bytes());
             x[4..].copy_from_slice(&b.to_le_bytes());
         });
-        let forced = apply(1, &place.at("base"), &place.at("delta"), &place.at("out"), true, false);
+        let forced = apply(
+            Run::new(1),
+            &place.at("base"),
+            &place.at("delta"),
+            &place.at("out"),
+            true,
+            false,
+        );
         format_error(forced, WEIGHTS, "ascending");
         format_error(show(&place.at("delta")), WEIGHTS, "ascending");
     }
