@@ -153,7 +153,7 @@ def test_errors_are_one_line_and_leave_nothing(tmp_path, pair):
         (("apply", base, tmp_path / "nowhere", "-o", tmp_path / "out"), "no such file"),
         (("apply", base, tuned, "-o", tmp_path / "out"), "delta"),
         (("apply", base, tmp_path / "d", "-o", tmp_path / "occupied"), "overwrite"),
-        (("apply", base, tmp_path / "d", "-o", base), "overwrite"),
+        (("apply", base, tmp_path / "d", "-o", base), "place of its own"),
         (("diff", base, tmp_path / "occupied"), "safetensors"),
         (("diff", "no-such-org/no-such-model", base), "Hub"),
     ]

@@ -15,11 +15,11 @@ from retouch.config import FILE as CONFIG
 from retouch.config import SelectConfig
 from retouch.delta import Delta
 from retouch.engine import Engine, get_engine
-from retouch.maskfile import FILE as MASK
+from retouch.maskfile import FILE as MASK_FILE
 from retouch.masks import Mask
 from retouch.slots import PLACE
 
-DELTA = "delta_config.json"
+MASK, DELTA = MASK_FILE, "delta_config.json"
 
 
 def has_optimizer(folder: Path) -> bool:
