@@ -10,16 +10,12 @@ and raised to a power, with each other, with functions and with numbers:
 `register` gives a function or class of yours a name that configs and files may use.
 """
 
-import contextlib
-import functools
-import random
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,8 +23,9 @@ from retouch import ops
 from retouch.batches import Batches, single_samples, to_device
 from retouch.config import CUSTOM, name_of_score, score_named, score_names
 from retouch.config import register_score as register
-from retouch.eligible import PLACE, Candidate, own_parameters
-from retouch.errors import EngineError, HyperparameterError, ScoreError
+from retouch.eligible import own_parameters
+from retouch.errors import HyperparameterError, ScoreError
+from retouch.passes import Eligible, LossFn, gradients, loss_of
 
 __all__ = [
     "Combined",
@@ -42,11 +39,8 @@ __all__ = [
     "as_score",
     "register",
     "score_names",
-    "undisturbed",
 ]
 
-Eligible: TypeAlias = Mapping[str, Candidate]
-LossFn: TypeAlias = Callable[[nn.Module, Any], Tensor]
 _OPERATIONS: dict[str, Callable[[Any, Any], Any]] = {
     "+": lambda a, b: a + b,
     "-": lambda a, b: a - b,
@@ -197,12 +191,12 @@ class GradStat(Score):
             ops.accumulate_(running[name], gradient, name, map=self.map)
 
         units = 0
-        with _gradients(model, eligible, take, self.training):
+        with gradients(model, eligible, take, self.training):
             device = next((p.device for _, p in own_parameters(model)), torch.device("cpu"))
             for number, batch in enumerate(data if isinstance(data, Batches) else Batches(data)):
                 batch = to_device(batch, device)
                 for unit in single_samples(batch) if self.level == "sample" else (batch,):
-                    _loss(model, unit, loss_fn, number).backward()
+                    loss_of(model, unit, loss_fn, number).backward()
                     units += 1
                     if self._cumulative:
                         for name, total in sums.items():
@@ -424,129 +418,6 @@ def as_score(score: Any, seed: int = 0) -> Score:
     if callable(score) and not isinstance(score, type):
         return _Function(score)
     raise HyperparameterError(f"{score!r} is no score; wanted a name, a Score or a function")
-
-
-# --- looking at a model without leaving traces ----------------------------------------------------
-
-
-@contextlib.contextmanager
-def undisturbed(model: nn.Module, seed: int | None = None) -> Iterator[None]:
-    """Puts the random states of Python, numpy and torch back on exit.
-
-    Args:
-        model: Its devices are meant.
-        seed: Set on entry, if given, so that what happens inside depends on nothing else.
-    """
-    gpus = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    python, numbers = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=gpus):
-            if seed is not None:
-                random.seed(seed)
-                np.random.seed(seed % 2**32)
-                torch.default_generator.manual_seed(seed)
-                for gpu in gpus:
-                    torch.cuda.default_generators[gpu].manual_seed(seed)
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numbers)
-
-
-@contextlib.contextmanager
-def _gradients(
-    model: nn.Module, eligible: Eligible, take: Callable[[str, Tensor], None], training: bool
-) -> Iterator[None]:
-    """Hands each gradient of the eligible parameters to `take` and frees it; see `_kept`."""
-    if PLACE in model._modules:
-        raise EngineError(
-            f"{type(model).__name__} is wrapped, so its gradients go to the optimizer's values: "
-            "select before retouch.wrap, or after retouch.unwrap"
-        )
-
-    def hand_over(name: str, param: Tensor) -> None:
-        gradient, param.grad = param.grad, None
-        if gradient is not None:
-            with torch.no_grad():
-                take(name, gradient.to_dense() if gradient.is_sparse else gradient)
-
-    handles = []
-    with _kept(model), undisturbed(model), torch.inference_mode(False), torch.enable_grad():
-        try:
-            for _, param in own_parameters(model):
-                param.requires_grad_(False)
-            for name, candidate in eligible.items():
-                candidate.param.requires_grad_(True)
-                hook = functools.partial(hand_over, name)
-                handles.append(candidate.param.register_post_accumulate_grad_hook(hook))
-            model.train(training)
-            torch.clear_autocast_cache()
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            torch.clear_autocast_cache()
-
-
-@contextlib.contextmanager
-def _kept(model: nn.Module) -> Iterator[None]:
-    """Puts gradients, `requires_grad`, modes and buffers of a model back on exit."""
-    params = [(p, p.requires_grad, p.grad) for _, p in own_parameters(model)]
-    modes = [(m, m.training) for m in model.modules()]
-    buffers = [(m, dict(m._buffers)) for m in model.modules()]
-    copies = [
-        (b, b.detach().clone()) for _, held in buffers for b in held.values() if b is not None
-    ]
-    for param, _, _ in params:
-        param.grad = None
-    try:
-        yield
-    finally:
-        for module, held in buffers:
-            module._buffers.clear()
-            module._buffers.update(held)
-        with torch.no_grad():
-            for buffer, copy in copies:
-                if not torch.equal(buffer, copy):
-                    buffer.copy_(copy)
-        for module, training in modes:
-            module.training = training
-        for param, requires_grad, grad in params:
-            param.requires_grad_(requires_grad)
-            param.grad = grad
-
-
-def _loss(model: nn.Module, batch: Any, loss_fn: LossFn | None, number: int) -> Tensor:
-    """The loss of a batch, checked."""
-    loss: Any
-    if loss_fn is not None:
-        loss = loss_fn(model, batch)
-    else:
-        if hasattr(batch, "items"):
-            loss = model(**batch)
-        else:
-            loss = model(batch) if isinstance(batch, Tensor) else model(*batch)
-        if not isinstance(loss, Tensor):
-            loss = loss.get("loss") if isinstance(loss, Mapping) else getattr(loss, "loss", None)
-    where = "loss_fn(model, batch)" if loss_fn is not None else f"{type(model).__name__}(batch)"
-    if not isinstance(loss, Tensor):
-        raise ScoreError(
-            f"{where} gives no loss: put labels into the batches, or pass loss_fn=, "
-            "a function (model, batch) -> loss"
-        )
-    if loss.numel() != 1:
-        raise ScoreError(
-            f"{where} gives a tensor of shape {tuple(loss.shape)}; wanted a loss, which is one "
-            "number (pass loss_fn=, or reduce it)"
-        )
-    if not bool(torch.isfinite(loss)):
-        raise ScoreError(f"the loss of batch {number} is {float(loss)}; wanted a finite number")
-    if not loss.requires_grad:
-        raise ScoreError(
-            f"the loss of batch {number} does not depend on any eligible parameter (was it computed "
-            "under no_grad, or detached?)"
-        )
-    return loss
 
 
 def _report_unreached(names: set[str]) -> None:

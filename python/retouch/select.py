@@ -21,7 +21,8 @@ from retouch.config import SelectConfig, resolve
 from retouch.eligible import Candidate, as_units, candidates, from_units
 from retouch.errors import BudgetError, HyperparameterError
 from retouch.masks import Mask
-from retouch.scores import LossFn, Magnitude, Score, as_score, undisturbed
+from retouch.passes import LossFn, undisturbed
+from retouch.scores import Magnitude, Score, as_score
 from retouch.selection import Selection
 
 __all__ = ["select"]
