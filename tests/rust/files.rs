@@ -430,3 +430,28 @@ fn a_stopped_operation_leaves_nothing() {
     }
     assert!(finished > 0 && finished < 80, "{finished}");
 }
+
+#[test]
+fn a_tied_weight_changes_under_every_name_that_the_checkpoint_has() {
+    let (base, tuned) = pair();
+    let place = Place::new(&base, &tuned, [1, 1], true);
+    let mut config = place.config();
+    config["aliases"] = json!({"head": "wide"});
+    fs::write(place.at("delta").join(CONFIG), config.to_string()).unwrap();
+    let tie = |tensors: &Tensors, both: bool| {
+        let mut tensors = tensors.clone();
+        tensors.insert("head".into(), tensors["wide"].clone());
+        if !both {
+            tensors.remove("wide");
+        }
+        tensors
+    };
+    for both in [true, false] {
+        let (b, a, r) = (format!("b{both}"), format!("a{both}"), format!("r{both}"));
+        write_sharded(&place.at(&b), &tie(&base, both), 1);
+        place.apply(&b, &a).unwrap();
+        assert_eq!(read_all(&place.at(&a)), tie(&tuned, both));
+        place.revert(&a, &r, None).unwrap();
+        assert_eq!(read_all(&place.at(&r)), tie(&base, both));
+    }
+}
