@@ -138,9 +138,7 @@ class Binding:
         for slot in slots:
             slot.fused = None
             slot.collect()  # a gradient that was set by hand
-            if (
-                slot.is_stale()
-            ):  # somebody wrote into the weight: load_state_dict, a delta, the user
+            if slot.is_stale():  # written by load_state_dict, a delta or the user
                 slot.sync()
         self._dry_run = _is_dry_run(optimizer)
         self._before_step = (

@@ -274,6 +274,7 @@ class Engine(Container):
         register(slot)
         param.requires_grad_(True)
         slot.watch()
+        slot.collect()  # a gradient from before
 
     def _clear(self, name: str) -> None:
         slot = self.slots.pop(name)

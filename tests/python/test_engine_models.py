@@ -73,8 +73,13 @@ def test_weights_written_behind_the_engines_back_are_taken_over():
     train(model, optimizer, [0])
     assert torch.equal(model.up.weight, torch.full_like(model.up.weight, 2.0))
     model.up.load_state_dict({"weight": torch.full((20, 12), 3.0), "bias": torch.zeros(20)})
+    saved = optimizer.state_dict()["param_groups"][0]["retouch"]
+    value = saved["value"][saved["names"].index("up.weight")]
+    assert torch.equal(value, torch.full_like(value, 3.0))
+    with torch.no_grad():
+        model.up.weight.fill_(4.0)
     train(model, optimizer, [0])
-    assert torch.equal(model.up.weight, torch.full_like(model.up.weight, 3.0))
+    assert torch.equal(model.up.weight, torch.full_like(model.up.weight, 4.0))
 
 
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
