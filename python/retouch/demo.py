@@ -162,11 +162,11 @@ def _play(scene: Scene, scratch: Path, console: Console) -> dict[str, Any]:
             _tell(row, console)
     console.print()
     console.print(_table(rows, console))
-    console.print(_legend(rows, scene))
+    console.print(_legend(rows, scene), highlight=False)
     texts["after"] = said(model, scene)
     console.print(f"\n[bold]{METHODS[-1].name}[/bold], before and after:", highlight=False)
     for when, text in texts.items():
-        console.print(f"  {when:>6}: {text}", markup=False, highlight=False)
+        console.print(f"  {when:>6}: {text}", markup=False, highlight=False, soft_wrap=True)
     checks = _proof(model, scene, scratch, console)
     return {
         "rows": [asdict(row) for row in rows],
@@ -206,7 +206,8 @@ def _proof(model: nn.Module, scene: Scene, scratch: Path, console: Console) -> d
 
     delta = Delta.from_model(model)
     delta.save_pretrained(folder)
-    sizes = folder_bytes(folder), folder_bytes(base)
+    weights = [f.stat().st_size for f in base.glob("*.safetensors")]
+    sizes = folder_bytes(folder), sum(weights)
     say(
         'delta.save_pretrained("delta")',
         f"{delta.count:,} new values, {_size(sizes[0])}; the model has {_size(sizes[1])}",
@@ -293,13 +294,21 @@ def _tell(row: Row, console: Console) -> None:
 
 
 def _table(rows: list[Row], console: Console) -> Table:
-    table = Table(box=box.SIMPLE_HEAD if console.is_terminal else box.MARKDOWN, pad_edge=True)
+    plain = not console.is_terminal  # then Markdown, to be pasted
+    style = box.MARKDOWN if plain else box.SIMPLE_HEAD
+    table = Table(box=style, collapse_padding=not plain, pad_edge=plain)
     table.add_column("method")
     for column in (
-        "learning rate", "perplexity", "replies kept", "trained", "optimizer state",
-        "file to ship", "step",
-    ):  # fmt: skip
-        table.add_column(column, justify="right")
+        "rate",
+        "perplexity",
+        "replies kept",
+        "trained",
+        "optimizer state",
+        "file",
+        "step",
+    ):
+        header = column if plain else column.replace(" ", "\n")
+        table.add_column(header, justify="right", no_wrap=True)
     for row in rows:
         cells = [row.name, "", f"{row.perplexity:.2f}", f"{row.kept:.1%}", "", "", "", ""]
         if row.lr is not None and row.step_seconds is not None:
@@ -312,21 +321,23 @@ def _table(rows: list[Row], console: Console) -> Table:
 
 
 def _legend(rows: list[Row], scene: Scene) -> str:
-    share = rows[0].kept
     error = 2 * math.sqrt(0.9 * 0.1 / scene.tokens)  # two binomial standard errors near 90 %
     extra = max(row.extra_bytes for row in rows)
     return (
-        f"perplexity: on {scene.corpus.unseen.numel():,} tokens of chapters that nothing was trained "
+        "rate: the learning rate, one for each method and not searched: a higher one learns more and "
+        "forgets more.\n"
+        f"perplexity: of {scene.corpus.unseen.numel():,} tokens of chapters that nothing was trained "
         "on; lower = learned more.\n"
-        f"replies kept: the base answers {len(scene.replies)} English questions; the share of those "
-        f"{scene.tokens} tokens that the model still\n"
-        f"  finds likeliest. It is what the model has not forgotten. One run: differences under "
-        f"{100 * error:.0f} points are noise; the base has\n"
-        f"  {share:.1%} itself because replies are written token by token in another order of sums.\n"
-        "optimizer state: the tensors in it, measured. Beside it retouch holds positions, float32 "
-        f"values and base values: {_size(extra)} at most.\n"
-        "file to ship: on disk; of full fine-tuning, the tensors that differ from the base.\n"
-        "learning rates: one a method, not searched; a higher one learns more and forgets more."
+        f"replies kept: the base answers {len(scene.replies)} English questions; the share of these "
+        f"{scene.tokens} tokens that the model still finds likeliest. Lower = forgot more. Of one "
+        f"run, differences below {100 * error:.0f} points are noise. (The base itself is checked in "
+        "one pass, it had answered token by token: a few near-ties fall the other way.)\n"
+        "trained: weights that the optimizer moves; LoRA's are new ones in all linear layers.\n"
+        "optimizer state: its tensors, measured. The selections hold positions, float32 values and "
+        f"base values beside it: {_size(extra)} more.\n"
+        "file: what a holder of the base needs, on disk; of full fine-tuning, the tensors that "
+        "differ.\n"
+        "step: median wall time, forward, backward and update."
     )
 
 

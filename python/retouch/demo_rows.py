@@ -67,9 +67,9 @@ class Method:
 
 METHODS = (
     Method("full fine-tuning", 1e-4),
-    Method("LoRA r=8, all linear layers", 2e-3, adapter=True),
-    Method("retouch: 1 %, top gradient", 1e-3, SelectConfig(score="gradient", density=0.01)),
-    Method("retouch: 1 %, random", 1e-2, SelectConfig(direction="random", density=0.01)),
+    Method("LoRA r=8", 2e-3, adapter=True),
+    Method("retouch, 1 % by gradient", 1e-3, SelectConfig(score="gradient", density=0.01)),
+    Method("retouch, 1 % random", 1e-2, SelectConfig(direction="random", density=0.01)),
 )
 
 
