@@ -8,7 +8,6 @@ import json
 import sys
 from collections.abc import Callable
 from functools import wraps
-from pathlib import Path
 from typing import Annotated, Any, ParamSpec
 
 import typer
@@ -56,27 +55,10 @@ def _reported(command: Callable[P, None]) -> Callable[P, None]:
 
 
 def _local(source: str) -> str:
-    """A path as it is; a Hub id fetched (safetensors and JSON files only)."""
-    if Path(source).exists():
-        return source
-    parts = source.split("/")
-    if len(parts) != 2 or source.startswith((".", "/", "~")) or not all(parts):
-        raise FileNotFoundError(2, "no such file or folder", source)
-    try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-    except ImportError as e:
-        raise FileNotFoundError(
-            2, "no such folder; for Hub ids `pip install 'retouch[hf]'`", source
-        ) from e
-    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
-    try:
-        return str(snapshot_download(source, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError) as e:
-        first = str(e).strip().splitlines()[0]
-        raise FileNotFoundError(
-            2, f"no such folder, and not to be had from the Hub ({first})", source
-        ) from e
+    """A path as it is; an id of the Hub, fetched."""
+    from retouch import hub
+
+    return hub.local(source)
 
 
 def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:

@@ -6,18 +6,17 @@ refuses a base that is not its own.
 """
 
 import contextlib
-import os
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from retouch import deltafile, ops
+from retouch import deltafile, deltaview, hub, ops
+from retouch.deltasource import Key, Source, check_ties, memory, named
 from retouch.errors import BaseMismatchError, EngineError, FormatError, ShapeError
 from retouch.slots import PLACE, same_bits
 
@@ -54,7 +53,7 @@ class Entry:
     @property
     def count(self) -> int:
         """Changed elements (all of them for a whole tensor)."""
-        return 0 if self.value is None else self.value.numel()
+        return math.prod(self.shape) if self.index is None else self.index.numel()
 
     def read(self, tensor: Tensor) -> Tensor:
         """What a tensor holds where this entry writes, bit for bit."""
@@ -64,11 +63,18 @@ class Entry:
 
     def write(self, tensor: Tensor, values: Tensor, name: str) -> None:
         """Writes values there, bit for bit."""
+        values = values.to(tensor.device)
         if self.index is not None:
             ops.put_(tensor, self.index, values, name)
         else:
             with torch.no_grad():
                 tensor.copy_(values.view(self.shape))
+
+    def leads_to(self, tensor: Tensor, values: Tensor) -> str:
+        """The fingerprint that a tensor would have with these values."""
+        if self.index is None:
+            return ops.fingerprint(values.view(self.shape))
+        return ops.fingerprint(tensor, self.index, values)
 
 
 class Delta(Mapping[str, Entry]):
@@ -117,32 +123,42 @@ class Delta(Mapping[str, Entry]):
             tuned: Likewise; floats, integers and buffers are compared bit for bit.
 
         Raises:
-            ShapeError: A tensor has another shape or dtype in the other.
+            ShapeError: A tensor has another shape or dtype in the other, or the base ties two names
+                that have different values in the tuned model.
+            FormatError: A checkpoint is damaged or truncated.
         """
-        old, new = _tensors(base), _tensors(tuned)
-        entries, aliases = {}, _aliases(tuned)
-        for name in new:
-            if name in aliases:
-                continue
-            after = new[name]()
-            if name not in old:
+        old, new = Source(base), Source(tuned)
+        check_ties(old, new)
+        entries: dict[str, Entry] = {}
+        aliases: dict[str, str] = {}
+        for name, names in new.names.items():
+            after = new.read[name]()
+            known = [n for n in names if n in old]
+            if not known:
                 entries[name] = Entry(
                     "added", tuple(after.shape), after.dtype, value=after.detach().clone(),
                     result_hash=ops.fingerprint(after),
                 )  # fmt: skip
+                aliases |= {n: name for n in names if n != name}
                 continue
-            entry = _compared(name, old[name](), after)
-            if entry is not None:
-                entries[name] = entry
-        ties = _aliases(base)
-        for name in old:
-            if name not in new and name not in ties:
-                before = old[name]()
+            first = known[0]
+            # tied in the tuned model, but not in the base: they may come from different values
+            apart = [n for n in known[1:] if not _equal(old, first, n)]
+            for one in (first, *apart):
+                entry = _compared(one, old.read[one](), after)
+                if entry is not None:
+                    entries[one] = entry
+            if first in entries:
+                aliases |= {n: first for n in names if n != first and n not in apart}
+        for name, names in old.names.items():
+            if not any(n in new for n in names):
+                before = old.read[name]()
                 entries[name] = Entry(
                     "removed", tuple(before.shape), before.dtype, old=before.detach().clone(),
                     base_hash=ops.fingerprint(before),
                 )  # fmt: skip
-        return cls(entries, {a: n for a, n in aliases.items() if n in entries}, _id(base))
+                aliases |= {n: name for n in names if n != name}
+        return cls(entries, aliases, old.id)
 
     @classmethod
     def from_model(cls, model: nn.Module) -> Self:
@@ -167,39 +183,47 @@ class Delta(Mapping[str, Entry]):
                 "sparse-replace", tuple(slot.param.shape), slot.param.dtype, index, value, old,
                 slot.base_hash or None, ops.fingerprint(slot.param),
             )  # fmt: skip
-        state = _tensors(engine.owner())
+        source = Source(engine.owner())
         for name, before in engine.base_buffers.items():
-            if name in state:
-                entry = _compared(name, before, state[name]().cpu())
+            if name in source:
+                entry = _compared(name, before, source.read[name]().cpu())
                 if entry is not None:
                     entries[name] = entry
-        aliases = {a: n for a, n in _aliases(engine.owner()).items() if n in entries}
+        aliases = {a: n for a, n in source.aliases().items() if n in entries}
         metadata = {"mask": engine.mask.metadata} if engine.mask is not None else {}
-        return cls(entries, aliases, _id(engine.owner()), metadata)
+        return cls(entries, aliases, source.id, metadata)
 
     # --- using ---------------------------------------------------------------------------------
 
     def apply_(self, target: Target, force: bool = False) -> None:
         """Brings a base to the tuned state, in place; nothing is written before all is checked.
 
-        Applying it again changes nothing. What was there is remembered, so `revert_` is exact.
+        Applying it again changes nothing. What the base had there is remembered, so `revert_` is exact.
 
         Args:
             target: A model, or a state dict.
-            force: Also onto a tensor that is neither the base nor the result.
+            force: Also onto a tensor that is neither the base nor the result. What such a tensor had
+                is not remembered: its values are not those of the base.
 
         Raises:
             BaseMismatchError: The target is not the base; the tensors that differ are named.
-            ShapeError: A tensor is missing or has another shape or dtype.
+            ShapeError: A tensor is missing or has another shape or dtype, or the target ties two names
+                that the delta changes differently.
+            FormatError: The values of the delta are damaged: they do not lead to its result.
         """
         self._move(target, force, forward=True)
 
     def revert_(self, target: Target, force: bool = False) -> None:
         """Brings a tuned model back to the base, in place and bit for bit.
 
+        Args:
+            target: A model, or a state dict.
+            force: Also from a tensor that is neither the result nor the base.
+
         Raises:
             FormatError: The old values are not known: the delta was saved without them
-                (``reversible=True`` keeps them) and was not applied by this object.
+                (``reversible=True`` keeps them) and was not applied by this object; or they are
+                damaged.
             BaseMismatchError: The target is not the result of this delta.
         """
         lacking = [n for n, e in self.items() if e.old is None and e.kind != "added"]
@@ -211,73 +235,102 @@ class Delta(Mapping[str, Entry]):
         self._move(target, force, forward=False)
 
     def _move(self, target: Target, force: bool, *, forward: bool) -> None:
-        tensors = _named(target)
+        tensors = named(target)
         wrong: list[str] = []
-        todo: list[tuple[str, Entry]] = []
+        damaged: list[str] = []
+        foreign: set[str] = set()
+        todo: list[tuple[str, Entry, Tensor]] = []
+        whole: list[tuple[str, Entry]] = []
+        taken: dict[Key, Entry] = {}
         for name, entry in self.items():
-            whole = entry.kind in ("added", "removed")
-            present = name in tensors
-            if whole and isinstance(target, nn.Module):
-                raise ShapeError(
-                    f"{name} was {entry.kind}: a model cannot gain or lose a tensor; apply the delta to "
-                    "a state dict or, with `retouch apply`, to a checkpoint"
-                )
-            creates = (entry.kind == "added") == forward
-            if whole:
-                if present == creates and not (creates and self._is(entry, tensors[name], forward)):
+            places = self._places(tensors, name)
+            if entry.kind in ("added", "removed"):
+                if isinstance(target, nn.Module):
+                    raise ShapeError(
+                        f"{name} was {entry.kind}: a model cannot gain or lose a tensor; apply the "
+                        "delta to a state dict or, with `retouch apply`, to a checkpoint"
+                    )
+                want = entry.result_hash if entry.kind == "added" else entry.base_hash
+                same = all(ops.fingerprint(t) == want for t in places) or want is None
+                creates = (entry.kind == "added") == forward
+                if places and not same:
                     wrong.append(name)
-                elif present != creates:
-                    todo.append((name, entry))
+                    foreign.add(name)
+                if bool(places) != creates or not same:
+                    whole.append((name, entry))
                 continue
-            if not present:
+            if not places:
                 raise ShapeError(f"the target has no tensor {name}")
-            tensor = tensors[name]
-            if tuple(tensor.shape) != entry.shape or tensor.dtype != entry.dtype:
-                raise ShapeError(
-                    f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; the delta is for "
-                    f"{entry.dtype} of shape {entry.shape}"
-                )
-            before, after = entry.base_hash, entry.result_hash
-            if not forward:
-                before, after = after, before
-            now = ops.fingerprint(tensor)
-            if now == after:
-                continue
-            if before is not None and now != before:
-                wrong.append(name)
-            todo.append((name, entry))
+            for tensor in places:
+                _check_shape(name, entry, tensor)
+                values = entry.value if forward else entry.old
+                assert values is not None
+                before, after = entry.base_hash, entry.result_hash
+                if not forward:
+                    before, after = after, before
+                now = ops.fingerprint(tensor)
+                if now == after:
+                    continue
+                if before is not None and now != before:
+                    foreign.add(name)
+                elif not force and after is not None and entry.leads_to(tensor, values) != after:
+                    # from the right base it must: else the values are not what they were
+                    (foreign.add if before is None else damaged.append)(name)
+                if name in foreign and name not in wrong:
+                    wrong.append(name)
+                other = taken.setdefault(memory(tensor), entry)
+                if other is not entry and not _same_change(entry, other, forward):
+                    raise ShapeError(
+                        f"{name} shares its memory with another tensor of the target, but the delta "
+                        "changes the two differently"
+                    )
+                todo.append((name, entry, tensor))
         if wrong and not force:
             raise BaseMismatchError(
                 f"this is not the {'base' if forward else 'result'} of the delta: {len(wrong)} tensors "
                 f"differ ({_some(wrong)}); force=True goes on all the same"
             )
-        for name, entry in todo:
-            if entry.kind in ("added", "removed"):
-                self._whole(target, name, entry, forward)
-                continue
-            tensor = tensors[name]
-            values = entry.value if forward else entry.old
-            assert values is not None
-            if forward and entry.old is None:
+        if damaged:
+            raise FormatError(
+                f"the delta is damaged: its values for {_some(damaged)} do not lead to the "
+                "fingerprint that it has for them"
+            )
+        # all that is remembered is read before anything is written: two names may share memory
+        for name, entry, tensor in todo:
+            if forward and entry.old is None and name not in foreign:
                 entry.old = entry.read(tensor).cpu()
-            entry.write(tensor, values.to(tensor.device), name)
+        for name, entry, tensor in todo:
+            values = entry.value if forward else entry.old
+            if values is not None:
+                entry.write(tensor, values, name)
+        for name, entry in whole:
+            self._whole(target, name, entry, forward, name not in foreign)
         _resync(target)
 
-    @staticmethod
-    def _is(entry: Entry, tensor: Tensor, forward: bool) -> bool:
-        return ops.fingerprint(tensor) == (entry.result_hash if forward else entry.base_hash)
+    def _names(self, name: str) -> list[str]:
+        return [name, *(alias for alias, n in self.aliases.items() if n == name)]
 
-    @staticmethod
-    def _whole(target: Target, name: str, entry: Entry, forward: bool) -> None:
-        assert isinstance(target, dict)
+    def _places(self, tensors: Mapping[str, Tensor], name: str) -> list[Tensor]:
+        """The tensors that have this name or one tied to it; the same memory once."""
+        found = [tensors[n] for n in self._names(name) if n in tensors]
+        return list({memory(t): t for t in found}.values())
+
+    def _whole(
+        self, target: Target, name: str, entry: Entry, forward: bool, remember: bool
+    ) -> None:
+        if not isinstance(target, MutableMapping):
+            raise EngineError(f"wanted a model or a dict, got {type(target).__name__}")
         if (entry.kind == "added") == forward:
             new = entry.value if forward else entry.old
             assert new is not None
-            target[name] = new.clone()
-        else:
-            if entry.kind == "removed" and entry.old is None:
-                entry.old = target[name].detach().clone()
-            del target[name]
+            new = new.clone()
+            target.update({n: new for n in self._names(name)})
+            return
+        there = [n for n in self._names(name) if n in target]
+        if entry.kind == "removed" and entry.old is None and remember:
+            entry.old = target[there[0]].detach().clone().cpu()
+        for n in there:
+            del target[n]
 
     @contextlib.contextmanager
     def applied(self, model: Target) -> Iterator[None]:
@@ -297,30 +350,33 @@ class Delta(Mapping[str, Entry]):
         Raises:
             BaseMismatchError: The model does not hold the values of this delta.
         """
-        tensors, held = _named(model), []
+        tensors, held = named(model), []
         for name, entry in self.items():
             if entry.kind in ("added", "removed"):
                 raise ShapeError(f"{name} was {entry.kind}: a model cannot gain or lose a tensor")
             if entry.old is None or entry.value is None:
                 raise FormatError(f"this delta does not hold the old values of {name}")
-            if name not in tensors or tuple(tensors[name].shape) != entry.shape:
-                raise ShapeError(f"the target has no tensor {name} of shape {entry.shape}")
-            now = entry.read(tensors[name])
-            value = entry.value.to(now.device)
-            if not bool(same_bits(now.reshape(-1), value.reshape(-1)).all()):
-                raise BaseMismatchError(
-                    f"{name} does not hold the values of this delta: apply it first"
-                )
-            held.append((tensors[name], entry, name))
+            places = self._places(tensors, name)
+            if not places:
+                raise ShapeError(f"the target has no tensor {name}")
+            for tensor in places:
+                _check_shape(name, entry, tensor)
+                now = entry.read(tensor)
+                value = entry.value.to(now.device)
+                if not bool(same_bits(now.reshape(-1), value.reshape(-1)).all()):
+                    raise BaseMismatchError(
+                        f"{name} does not hold the values of this delta: apply it first"
+                    )
+                held.append((tensor, entry, name))
         try:
             for tensor, entry, name in held:
                 assert entry.old is not None
-                entry.write(tensor, entry.old.to(tensor.device), name)
+                entry.write(tensor, entry.old, name)
             yield
         finally:
             for tensor, entry, name in held:
                 assert entry.value is not None
-                entry.write(tensor, entry.value.to(tensor.device), name)
+                entry.write(tensor, entry.value, name)
 
     # --- figures -------------------------------------------------------------------------------
 
@@ -336,25 +392,22 @@ class Delta(Mapping[str, Entry]):
         return sum(t.numel() * t.element_size() for t in parts)
 
     def stats(self) -> dict[str, dict[str, Any]]:
-        """Of each tensor: `kind`, `changed`, `numel`, `fraction`; `max_abs` and `l2` of the change
-        where the old values are known.
-        """  # noqa: D205
-        out: dict[str, dict[str, Any]] = {}
-        for name, e in self.items():
-            numel = torch.Size(e.shape).numel()
-            row: dict[str, Any] = {
-                "kind": e.kind, "changed": e.count, "numel": numel,
-                "fraction": e.count / max(numel, 1),
-            }  # fmt: skip
-            if e.old is not None and e.value is not None and e.dtype.is_floating_point and e.count:
-                change = e.value.reshape(-1).double() - e.old.reshape(-1).double()
-                row["max_abs"], row["l2"] = float(change.abs().max()), float(change.norm())
-            out[name] = row
-        return out
+        """Figures of each tensor.
+
+        Returns:
+            By name: `kind`, `changed`, `numel` and `fraction`. For floats whose old values are known
+            also `not_finite` (changes from or to NaN or infinity) and, of the others, `max_abs` and
+            `l2` of the change, and `max_ulp`, `median_ulp` and `one_ulp` (the fraction that moved to
+            the next float; a change from 0 to -0 counts as none).
+        """
+        return {name: deltaview.figures(entry) for name, entry in self.items()}
 
     def __repr__(self) -> str:
         size = f"{self.count:,} values in {len(self)} tensors"
         return f"Delta({size}, {self.nbytes / 2**20:.2f} MiB)"
+
+    def _repr_html_(self) -> str:
+        return deltaview.as_html(self)
 
     # --- files ---------------------------------------------------------------------------------
 
@@ -375,10 +428,13 @@ class Delta(Mapping[str, Entry]):
     def load(cls, folder: str | Path) -> Self:
         """Reads a folder that `save_pretrained` or `retouch diff` wrote; no code is executed.
 
+        Args:
+            folder: The folder, or an id of the Hugging Face Hub.
+
         Raises:
             FormatError: A file is damaged, truncated or of an unknown version.
         """
-        entries, config = deltafile.load(Path(folder))
+        entries, config = deltafile.load(Path(hub.local(folder)))
         return cls(entries, config.get("aliases"), config.get("base_model"), config.get("metadata"))
 
     from_pretrained = load
@@ -407,14 +463,7 @@ class Delta(Mapping[str, Entry]):
 
     def card(self) -> str:
         """The model card, in Markdown."""
-        head = ["library_name: retouch", "tags: [retouch, selective-fine-tuning]"]
-        if self.base_model:
-            head += [f"base_model: {self.base_model}", "base_model_relation: adapter"]
-        body = (
-            f"{self.count:,} weights in {len(self)} tensors differ from the base.\n\n"
-            "```python\nretouch.Delta.load(folder).apply_(model)\n```\n"
-        )
-        return "---\n" + "\n".join(head) + "\n---\n\n# Delta\n\n" + body
+        return deltaview.card(self)
 
 
 # --- helpers ----------------------------------------------------------------------------------------
@@ -439,11 +488,30 @@ def _compared(name: str, before: Tensor, after: Tensor) -> Entry | None:
     return Entry("sparse-replace", shape, after.dtype, index, *values, *hashes)
 
 
-def _named(target: Target) -> dict[str, Tensor]:
-    """The tensors of a target, themselves."""
-    if isinstance(target, nn.Module):
-        return {n: t for n, t in target.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
-    return target
+def _equal(source: Source, a: str, b: str) -> bool:
+    """Whether two tensors of a source have one dtype, one shape and the same bits."""
+    if source.tied(a, b):
+        return True
+    x, y = source.read[a](), source.read[b]()
+    return x.dtype == y.dtype and x.shape == y.shape and not ops.diff(x, y, b).numel()
+
+
+def _check_shape(name: str, entry: Entry, tensor: Tensor) -> None:
+    if tuple(tensor.shape) != entry.shape or tensor.dtype != entry.dtype:
+        raise ShapeError(
+            f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; the delta is for "
+            f"{entry.dtype} of shape {entry.shape}"
+        )
+
+
+def _same_change(a: Entry, b: Entry, forward: bool) -> bool:
+    """Whether two entries write the same bits to the same places."""
+    x, y = (a.value, b.value) if forward else (a.old, b.old)
+    if a.kind != b.kind or x is None or y is None or x.numel() != y.numel():
+        return False
+    if a.index is not None and b.index is not None and not torch.equal(a.index, b.index):
+        return False
+    return bool(same_bits(x.reshape(-1), y.reshape(-1)).all())
 
 
 def _resync(target: Target) -> None:
@@ -451,65 +519,6 @@ def _resync(target: Target) -> None:
     engine: Any = target._modules.get(PLACE) if isinstance(target, nn.Module) else None
     if engine is not None and hasattr(engine, "sync_from_weights"):
         engine.sync_from_weights()
-
-
-def _tensors(source: Any) -> dict[str, Callable[[], Tensor]]:
-    """The tensors of a checkpoint, model or state dict, each read when it is called for."""
-    if isinstance(source, str | os.PathLike):
-        return _checkpoint(Path(source))
-    if isinstance(source, nn.Module | Mapping):
-        state = _named(source) if isinstance(source, nn.Module) else source
-        return {n: partial(_same, t) for n, t in state.items() if isinstance(t, Tensor)}
-    raise EngineError(
-        f"wanted a checkpoint path, a model or a state dict, got {type(source).__name__}"
-    )
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-def _checkpoint(path: Path) -> dict[str, Callable[[], Tensor]]:
-    if not path.exists():
-        raise FileNotFoundError(f"no checkpoint at {path}")
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-    if not files:
-        raise FormatError(f"{path}: no .safetensors file in this folder")
-    out: dict[str, Callable[[], Tensor]] = {}
-    for file in files:
-        try:
-            opened: Any = safe_open(file, "pt")
-            names = list(opened.keys())
-        except SafetensorError as e:
-            raise FormatError(f"{file}: damaged or truncated ({e})") from e
-        for name in names:
-            if name in out:
-                raise FormatError(f"{file}: {name} is in another file of this folder too")
-            out[name] = partial(opened.get_tensor, name)
-    return out
-
-
-def _aliases(source: Any) -> dict[str, str]:
-    """Names that share the memory of an earlier one (tied weights), to that one."""
-    if isinstance(source, str | os.PathLike):
-        return {}
-    first: dict[tuple[Any, ...], str] = {}
-    out = {}
-    state = _named(source) if isinstance(source, nn.Module) else source
-    for name, t in state.items():
-        if isinstance(t, Tensor) and t.numel() and t.layout == torch.strided and not t.is_meta:
-            key = (t.device, t.data_ptr(), t.dtype, tuple(t.shape), t.stride())
-            if key in first:
-                out[name] = first[key]
-            first.setdefault(key, name)
-    return out
-
-
-def _id(source: Any) -> str | None:
-    if isinstance(source, str | os.PathLike):
-        return str(source)
-    name = getattr(getattr(source, "config", None), "_name_or_path", None)
-    return str(name) if name else None
 
 
 def _some(names: list[str]) -> str:

@@ -6,10 +6,12 @@ fit), `<name>.old` (old values) if reversible; whole tensors under `<name>`. The
 tensor kind, dtype, shape, count, coding and both fingerprints. `retouch diff` writes the same.
 """
 
+import contextlib
 import json
+import math
 import os
-import tempfile
-from collections.abc import Callable, Mapping
+import secrets
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +61,12 @@ def save(folder: Path, delta: "Delta", *, reversible: bool) -> None:
     """See `Delta.save_pretrained`."""
     tensors: dict[str, Tensor] = {}
     rows: dict[str, dict[str, Any]] = {}
+
+    def store(key: str, tensor: Tensor) -> None:
+        if key in tensors:
+            raise FormatError(f"{folder / TENSORS}: two tensors would be named {key}")
+        tensors[key] = tensor.detach().cpu().contiguous()
+
     for name, e in delta.items():
         row: dict[str, Any] = {
             "kind": e.kind, "dtype": ops.dtype_name(e.dtype), "shape": list(e.shape),
@@ -66,42 +74,68 @@ def save(folder: Path, delta: "Delta", *, reversible: bool) -> None:
         }  # fmt: skip
         if e.index is not None:
             assert e.value is not None
-            row["index_encoding"], tensors[f"{name}.idx"] = encode(e.index)
-            tensors[f"{name}.val"] = e.value.detach().cpu().contiguous()
+            row["index_encoding"], index = encode(e.index)
+            store(f"{name}.idx", index)
+            store(f"{name}.val", e.value)
         elif e.value is not None:
-            tensors[name] = e.value.detach().cpu().contiguous()
+            store(name, e.value)
         if reversible and e.kind != "added":
             if e.old is None:
                 raise FormatError(f"the old values of {name} are not known: reversible=False")
-            tensors[f"{name}.old"] = e.old.detach().cpu().contiguous()
+            store(f"{name}.old", e.old)
         rows[name] = row
     config = {
         "format": FORMAT, "format_version": VERSION, "retouch_version": __version__,
         "base_model": delta.base_model, "metadata": delta.metadata, "reversible": reversible,
         "tensors": rows, "aliases": delta.aliases,
     }  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
-    _atomic(folder / TENSORS, lambda p: save_file(tensors, p, {"format": "pt"}))
     text = json.dumps(config, indent=1, sort_keys=True)
-    _atomic(folder / CONFIG, lambda p: p.write_text(text, encoding="utf-8"))
-
-
-def _atomic(target: Path, write: Callable[[Path], Any]) -> None:
-    """Writes through a temporary file of the same folder."""
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    os.close(handle)
-    temporary = Path(name)
+    made = _make(folder)
     try:
-        write(temporary)
-        with temporary.open("rb") as f:
-            os.fsync(f.fileno())
-        temporary.chmod(0o644)
-        os.replace(temporary, target)
-    except BaseException as e:
-        temporary.unlink(missing_ok=True)
-        if isinstance(e, SafetensorError):  # how safetensors reports a full disk
-            raise OSError(f"{target}: {e}") from e
+        _write_both(folder, tensors, text)
+    except BaseException:
+        for one in made:
+            with contextlib.suppress(OSError):  # somebody else put something in it
+                one.rmdir()
         raise
+
+
+def _make(folder: Path) -> list[Path]:
+    """Makes a folder and its parents; those that were not there, innermost first."""
+    missing = [p for p in (folder, *folder.parents) if not p.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def _write_both(folder: Path, tensors: dict[str, Tensor], text: str) -> None:
+    """Writes both files, or neither: a folder without config is no delta.
+
+    The config goes first and comes last, so that it never stands beside the tensors of another delta.
+    """
+    parts: list[Path] = []
+    try:
+        parts += [_temporary(folder / TENSORS)]
+        parts += [_temporary(folder / CONFIG)]
+        save_file(tensors, parts[0], {"format": "pt"})
+        parts[1].write_text(text, encoding="utf-8")
+        for part in parts:
+            with part.open("rb") as f:
+                os.fsync(f.fileno())
+        (folder / CONFIG).unlink(missing_ok=True)
+        for part, name in zip(parts, (TENSORS, CONFIG), strict=True):
+            os.replace(part, folder / name)
+    except SafetensorError as e:  # how safetensors reports a full disk
+        raise OSError(f"{folder / TENSORS}: {e}") from e
+    finally:
+        for part in parts:
+            part.unlink(missing_ok=True)
+
+
+def _temporary(target: Path) -> Path:
+    """A new empty file beside the target, with the permissions of an ordinary one."""
+    path = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
+    path.open("xb").close()
+    return path
 
 
 def load(folder: Path) -> tuple[dict[str, "Entry"], dict[str, Any]]:
@@ -114,11 +148,23 @@ def load(folder: Path) -> tuple[dict[str, "Entry"], dict[str, Any]]:
             stored = set(f.keys())
             for name, row in config["tensors"].items():
                 entries[name] = _entry(name, row, f, stored)
-    except FileNotFoundError:
+        if unknown := stored - {k for n, e in entries.items() for k in _keys(n, e)}:
+            raise ValueError(f"{CONFIG} does not tell of {min(unknown)}")
+    except OSError:
         raise
-    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as e:
+    except (
+        SafetensorError, KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError,
+    ) as e:  # fmt: skip
         raise FormatError(f"{path}: damaged or truncated delta ({e})") from e
     return entries, config
+
+
+def _keys(name: str, entry: "Entry") -> list[str]:
+    """The tensors of the file that belong to an entry."""
+    keys = [f"{name}.old"] if entry.old is not None else []
+    if entry.index is not None:
+        return [*keys, f"{name}.idx", f"{name}.val"]
+    return [*keys, name] if entry.value is not None else keys
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -128,7 +174,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"no delta at {folder}: it has no {CONFIG}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise FormatError(f"{path}: not a JSON file ({e})") from e
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise FormatError(f"{path}: this is not a retouch delta")
@@ -137,19 +183,33 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{path}: delta format version {config.get('format_version')!r}; this retouch "
             f"({__version__}) reads version {VERSION}: update retouch"
         )
-    if not isinstance(config.get("tensors"), dict):
+    tensors, aliases = config.get("tensors"), config.get("aliases") or {}
+    if not isinstance(tensors, dict):
         raise FormatError(f"{path}: it lists no tensors")
+    if not isinstance(aliases, dict):
+        raise FormatError(f"{path}: aliases must be names, got {aliases!r}")
+    for alias, name in aliases.items():
+        if not isinstance(name, str) or name not in tensors or alias in tensors:
+            raise FormatError(f"{path}: alias {alias} is not valid")
+    base, metadata = config.get("base_model"), config.get("metadata") or {}
+    if not isinstance(base, str | None) or not isinstance(metadata, dict):
+        raise FormatError(f"{path}: base_model must be text and metadata a dictionary")
     return config
 
 
 def _entry(name: str, row: Mapping[str, Any], file: Any, stored: set[str]) -> "Entry":
     from retouch.delta import Entry
 
-    kind, shape = row["kind"], tuple(int(n) for n in row["shape"])
+    kind, shape = row["kind"], tuple(row["shape"])
     if kind not in _KINDS:
         raise ValueError(f"{name} has the unknown kind {kind!r}")
+    if not all(type(n) is int and n >= 0 for n in shape):
+        raise ValueError(f"{name} has the shape {row['shape']!r}")
+    hashes = row.get("base_hash"), row.get("result_hash")
+    if not all(isinstance(h, str | None) for h in hashes):
+        raise ValueError(f"{name} has a fingerprint that is no text")
     dtype = {v: k for k, v in ops._DTYPE_NAMES.items()}[row["dtype"]]
-    numel = torch.Size(shape).numel()
+    numel = math.prod(shape)
     index = value = None
     if kind == "sparse-replace":
         index = decode(row["index_encoding"], file.get_tensor(f"{name}.idx"), numel)
@@ -166,6 +226,4 @@ def _entry(name: str, row: Mapping[str, Any], file: Any, stored: set[str]) -> "E
             raise ValueError(f"{name} holds {part.dtype}, expected {dtype}")
     if old is not None and value is not None and old.numel() != value.numel():
         raise ValueError(f"{name} has {old.numel()} old and {value.numel()} new values")
-    return Entry(
-        kind, shape, dtype, index, value, old, row.get("base_hash"), row.get("result_hash")
-    )
+    return Entry(kind, shape, dtype, index, value, old, *hashes)

@@ -159,8 +159,12 @@ def _header(where: Path, strings: Mapping[str, str]) -> dict[str, Any]:
     text = strings.get("header", "")
     if strings.get("header_hash") != _hash(text):
         raise FormatError(f"{where} is damaged: its header does not match its hash")
-    header = json.loads(text)
-    assert isinstance(header, dict)
+    try:
+        header = json.loads(text)
+    except ValueError as error:
+        raise FormatError(f"{where} is damaged: its header is no JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise FormatError(f"{where} is damaged: its header is a {type(header).__name__}")
     return header
 
 
@@ -182,6 +186,8 @@ def _encode(selection: Selection) -> tuple[str, Tensor | None]:
 def _decode(name: str, row: Mapping[str, Any], layout: Layout, tensor: Tensor | None) -> Selection:
     kind, coding = row["kind"], row["coding"]
     if coding == "none":
+        if tensor is not None:
+            raise FormatError(f"{name} has a tensor and needs none")
         return Selection(kind, layout.shape)
     if tensor is None:
         raise FormatError(f"the tensor of {name} is missing")

@@ -40,6 +40,8 @@ class Selection:
     def __post_init__(self) -> None:
         shape = tuple(int(n) for n in self.shape)
         object.__setattr__(self, "shape", shape)
+        if any(n < 0 for n in shape):
+            raise MaskError(f"no parameter has shape {shape}")
         if self.kind in ("all", "none"):
             if self.index is not None:
                 raise MaskError(f"a selection of kind {self.kind!r} has no index")

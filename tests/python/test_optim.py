@@ -231,6 +231,7 @@ def test_a_step_writes_weights_of_every_kind_of_selection(name):
         flat = slot.selection.flat().long()
         now = slot.param.detach().reshape(-1)[flat]
         assert torch.equal(now, slot.value.detach().reshape(-1).to(torch.bfloat16)), n
+        assert not slot.is_stale(), n  # the engine knows that it was its own optimizer
         assert not torch.equal(now, before[n].reshape(-1)[flat]), n
 
 

@@ -110,8 +110,9 @@ def test_sft_resumes_exactly(tmp_path: Path, folder: Path, checkpoint: str) -> N
     assert "tokenizer.json" in names
 
 
-def test_dpo(tmp_path: Path, folder: Path) -> None:
-    """The loss of the trainer is what is scored, so a DPO gradient picks other weights than SFT."""
+@pytest.mark.parametrize("score", ["gradient", "fisher"])
+def test_dpo(tmp_path: Path, folder: Path, score: str) -> None:
+    """The trainer's loss is what is scored, and a sample is a pair (two rows of a batch)."""
     texts = [sentence(s).split() for s in tokens(32)]
     data = Dataset.from_dict(
         {
@@ -127,7 +128,7 @@ def test_dpo(tmp_path: Path, folder: Path) -> None:
         train_dataset=data,
     )
     reference = weights(run.ref_model)
-    retouch.attach(run, CONFIGS["gradient"]).train()
+    retouch.attach(run, score, density=0.05, samples=6).train()  # one batch and a half
     assert same(weights(run.ref_model), reference)
     retouch.verify_untouched(run.model)
     base = llama()
