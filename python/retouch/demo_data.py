@@ -58,20 +58,6 @@ ASKED = (
     "What should I pack for a rainy day?",
     "Write a short thank-you note.",
 )
-KEPT = (
-    "What is the largest ocean?",
-    "Write two sentences about a forest.",
-    "Explain why leaves are green.",
-    "List three things to take to the beach.",
-    "What is gravity?",
-    "Give me a tip for sleeping well.",
-    "Summarise what a hospital does.",
-    "What is 9 minus 4?",
-    "Who painted the Mona Lisa?",
-    "Describe a dog to someone who has never seen one.",
-    "What should I cook for dinner tonight?",
-    "Write a short birthday wish.",
-)
 
 
 class Text(Protocol):

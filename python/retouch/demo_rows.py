@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from retouch.config import SelectConfig
 from retouch.delta import Delta
-from retouch.demo_data import KEPT, Corpus, Text
+from retouch.demo_data import Corpus, Text
 from retouch.engine import get_engine, wrap
 from retouch.select import select
 
@@ -55,14 +55,12 @@ class Method:
         lr: Learning rate; each kind of update has its own scale.
         config: What to select; None for what is not a selection.
         adapter: Train a LoRA adapter instead of weights.
-        on_replies: Score on the base's own replies instead of the training batches.
     """
 
     name: str
     lr: float
     config: SelectConfig | None = None
     adapter: bool = False
-    on_replies: bool = False
 
 
 METHODS = (
@@ -116,7 +114,6 @@ class Scene:
     steps: int
     seed: int
     replies: list[tuple[list[int], int]] = field(default_factory=list)
-    own: list[dict[str, Tensor]] = field(default_factory=list)
 
     def load(self) -> nn.Module:
         """The base, fresh from the disk."""
@@ -177,9 +174,7 @@ def _set_up(
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     options: dict[str, Any] = {"lr": method.lr, "weight_decay": 0.0, "fused": True}
     if method.config is not None:
-        data = None
-        if method.config.score is not None:
-            data = _own(model, scene) if method.on_replies else _labelled(scene)
+        data = _labelled(scene) if method.config.score is not None else None
         mask = select(model, method.config, data=data, loss_fn=_batch_loss, seed=scene.seed)
         optimizer: torch.optim.Optimizer = wrap(torch.optim.AdamW, mask, **options)
         return model, optimizer
@@ -228,17 +223,6 @@ def _batch_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 def _labelled(scene: Scene) -> list[dict[str, Tensor]]:
     """The first batches to train on, as scores want them."""
     return [{"input_ids": x, "labels": x} for x in scene.corpus.train[: scene.scale.scored]]
-
-
-def _own(model: nn.Module, scene: Scene) -> list[dict[str, Tensor]]:
-    """The base's replies to other questions than those that are measured; asked once."""
-    if not scene.own:
-        for ids, start in replies_to(model, scene, KEPT):
-            tokens = torch.tensor([ids])
-            labels = tokens.clone()
-            labels[:, :start] = -100  # the loss is on the reply alone
-            scene.own.append({"input_ids": tokens, "labels": labels})
-    return scene.own
 
 
 # --- measuring -----------------------------------------------------------------------------------

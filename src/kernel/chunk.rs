@@ -10,18 +10,20 @@ pub const CHUNK: usize = 1 << 16;
 
 /// Runs `f` on a pool of `threads` threads (at least one). Pools are made once and kept.
 pub fn install<R: Send>(threads: usize, f: impl FnOnce() -> R + Send) -> R {
-    static POOLS: OnceLock<Mutex<BTreeMap<usize, Arc<ThreadPool>>>> = OnceLock::new();
-    let threads = threads.max(1);
+    type Pools = BTreeMap<(u32, usize), Arc<ThreadPool>>;
+    static POOLS: OnceLock<Mutex<Pools>> = OnceLock::new();
+    // A forked process (a data loader's worker) has the pools of its parent, but not their threads.
+    let key = (std::process::id(), threads.max(1));
     let pool = {
         let mut pools =
             POOLS.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner);
-        match pools.get(&threads) {
+        match pools.get(&key) {
             Some(pool) => Some(Arc::clone(pool)),
             None => ThreadPoolBuilder::new()
-                .num_threads(threads)
+                .num_threads(key.1)
                 .build()
                 .ok()
-                .map(|pool| Arc::clone(pools.entry(threads).or_insert(Arc::new(pool)))),
+                .map(|pool| Arc::clone(pools.entry(key).or_insert(Arc::new(pool)))),
         }
     };
     match pool {
