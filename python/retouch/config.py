@@ -187,7 +187,7 @@ class SelectConfig:
         "of any layer are not concerned."
     )
     heads: State | None = _help(
-        "Task heads (what a Hugging Face model adds to its base model): "
+        "Task heads (what a Hugging Face model adds to its base; the last Linear of other models): "
         "masked (they compete), full (trained whole) or frozen. Default: as target_modules says."
     )
     output_embeddings: State | None = _help(
