@@ -7,7 +7,6 @@ the process above the scores, of one run in a child process.
 """
 
 import argparse
-import resource
 import subprocess
 import sys
 
@@ -70,6 +69,12 @@ def by_histogram(parts: list[torch.Tensor], k: int) -> list[torch.Tensor]:
 RUN = dict(zip(WAYS, (ours, by_topk, by_kthvalue, by_histogram), strict=True))
 
 
+def high_water() -> float:
+    """Peak MB of this process; getrusage would count the parent that forked it."""
+    with open("/proc/self/status", encoding="utf-8") as f:
+        return next(int(line.split()[1]) for line in f if line.startswith("VmHWM")) / 1e3
+
+
 def peak(way: str, quick: bool) -> float:
     """Extra MB of one run, in a child."""
     command = [sys.executable, __file__, "--peak", way] + (["--quick"] if quick else [])
@@ -87,9 +92,9 @@ def main() -> None:
     total = sum(p.numel() for p in parts)
     k = total // 100
     if args.peak:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = high_water()
         RUN[args.peak](parts, k)
-        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3)
+        print(high_water() - before)
         return
     chosen = torch.zeros(total, dtype=torch.bool)
     chosen[by_topk(parts, k)] = True
