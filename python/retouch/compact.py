@@ -5,8 +5,9 @@ holds the selected coordinates only. The optimizer, whatever its class, steps co
 nothing else:
 
 * forward and backward are the model's own, since the weight always holds what it should;
-* a hook on the weight gathers the selected entries of its gradient into the gradient of the compact
-  value and frees the dense gradient at once;
+* the gradient of a compact value comes from layers whose backward pass computes the selected
+  entries only (*sampled*), or from a hook that gathers them from the weight's gradient and frees
+  that at once (*dense*); `retouch.routes` says which;
 * after each optimizer step the new values are rounded once and scattered into the weight.
 
 So weight decay and momentum cannot reach a frozen coordinate, optimizer state exists for the
@@ -32,6 +33,7 @@ from retouch.binding import Binding, Part, innermost
 from retouch.eligible import own_parameters
 from retouch.errors import BudgetError, EngineError, FormatError, FrozenError, MaskError
 from retouch.masks import Mask, Selection
+from retouch.routes import Path, check_gradient, plan
 from retouch.slots import (
     AGAIN,
     PLACE,
@@ -68,12 +70,17 @@ class Engine(Container):
     Attributes:
         slots: One `Slot` per masked parameter, by name.
         mask: The mask in force, None before the first.
+        gradient: How gradients are taken: "auto", "sampled" or "dense".
         measure: Measure the next optimizer steps (two O(k) copies a step); see `metrics`.
         base_buffers: Persistent buffers of the model when the mask was set (copies on the CPU).
     """
 
-    def __init__(self, model: nn.Module, *, fingerprint: bool = True) -> None:
+    def __init__(
+        self, model: nn.Module, *, fingerprint: bool = True, gradient: str = "auto"
+    ) -> None:
         super().__init__()
+        check_gradient(gradient)
+        self.gradient = gradient
         self.slots: dict[str, Slot] = {}
         self.mask: Mask | None = None
         self.measure = False
@@ -185,11 +192,12 @@ class Engine(Container):
         self._take_base(model)
         for name in [n for n in self.slots if n not in chosen]:
             self._clear(name)
+        paths = plan(model, chosen, self.gradient)
         for name, selection in chosen.items():
             param = known[name]
             self._fill(
                 name, param, selection, selection.gather(param.detach()),
-                selection.take(param.detach()), self._hashes.get(name, ""),
+                selection.take(param.detach()), self._hashes.get(name, ""), paths[name],
             )  # fmt: skip
         self._freeze_rest(model)
         self.mask = mask
@@ -231,8 +239,9 @@ class Engine(Container):
             slot.selection.put_(slot.param, slot.base, name)  # what is not restored is frozen
             if name not in parts:
                 self._clear(name)
+        paths = plan(model, {n: p.selection for n, p in parts.items()}, self.gradient)
         for name, (selection, value, base, base_hash) in parts.items():
-            self._fill(name, known[name], selection, value, base, base_hash)
+            self._fill(name, known[name], selection, value, base, base_hash, paths[name])
             self.slots[name].write()
         self._hashes = dict(run.get("hashes") or self._hashes)
         self._freeze_rest(model)
@@ -251,7 +260,7 @@ class Engine(Container):
 
     def _fill(
         self, name: str, param: nn.Parameter, selection: Selection, value: Tensor, base: Tensor,
-        base_hash: str,
+        base_hash: str, path: Path,
     ) -> None:  # fmt: skip
         parameter = self.value_for(name)
         value = value.detach().to(device=param.device, dtype=parameter.dtype)
@@ -267,8 +276,9 @@ class Engine(Container):
             with torch.no_grad():
                 parameter.copy_(value)
         slot = Slot(
-            name, param, selection, parameter, base.detach().to(param.device).clone(), base_hash
-        )
+            name, param, selection, parameter, base.detach().to(param.device).clone(), base_hash,
+            path,
+        )  # fmt: skip
         slot.version = param._version
         self.slots[name] = slot
         register(slot)

@@ -15,6 +15,7 @@ from retouch.compact import Engine, Untouched
 from retouch.eligible import own_parameters
 from retouch.errors import EngineError, HyperparameterError
 from retouch.masks import Mask, Selection
+from retouch.routes import Gradient
 from retouch.slots import PLACE, Copy, Slot, some
 
 __all__ = [
@@ -29,7 +30,13 @@ __all__ = [
 ]
 
 
-def install(model: nn.Module, mask: Mask | None = None, *, fingerprint: bool = True) -> Engine:
+def install(
+    model: nn.Module,
+    mask: Mask | None = None,
+    *,
+    fingerprint: bool = True,
+    gradient: Gradient = "auto",
+) -> Engine:
     """Puts an engine on a model: compact values for what the mask selects, the rest frozen.
 
     The outputs of the model do not change by a bit. Most users want `wrap`.
@@ -40,6 +47,11 @@ def install(model: nn.Module, mask: Mask | None = None, *, fingerprint: bool = T
             parameter, so that an optimizer can be built before the mask is known; nothing trains
             until `Engine.set_mask`.
         fingerprint: Hash every parameter, so that `verify_untouched` and deltas can tell the base.
+        gradient: How the gradients of the selected weights are taken. "sampled": only the selected
+            entries are computed, in the backward pass of the layer (Linear, Conv1D, Embedding,
+            Conv2d); "dense": the whole gradient is computed, and the rest of it dropped; "auto":
+            sampled up to the density where dense is as fast (measured, `retouch.routes`). Where
+            sampled is not possible it is dense. All give the same gradients up to rounding.
 
     Returns:
         The engine; it is also `model._retouch`.
@@ -47,6 +59,7 @@ def install(model: nn.Module, mask: Mask | None = None, *, fingerprint: bool = T
     Raises:
         EngineError: The model has one already.
         MaskError: The mask does not fit the model.
+        HyperparameterError: Another word for `gradient`.
     """
     if isinstance(model._modules.get(PLACE), Engine):
         raise EngineError("the model is wrapped already; call retouch.unwrap(model) first")
@@ -55,7 +68,7 @@ def install(model: nn.Module, mask: Mask | None = None, *, fingerprint: bool = T
     if mask is not None:
         mask.check(model)
     model._modules.pop(PLACE, None)  # of a deep copy
-    engine = Engine(model, fingerprint=fingerprint)
+    engine = Engine(model, fingerprint=fingerprint, gradient=gradient)
     model.add_module(PLACE, engine)
     try:
         if mask is not None:
@@ -99,6 +112,7 @@ def wrap(
     model: nn.Module | None = None,
     *,
     fingerprint: bool = True,
+    gradient: Gradient = "auto",
     **kwargs: Any,
 ) -> Any:
     """Makes an optimizer move the selected coordinates only.
@@ -112,6 +126,7 @@ def wrap(
             `load_state_dict` brings a mask; `model` is needed then.
         model: The model; default the one that the mask was selected on.
         fingerprint: See `install`.
+        gradient: See `install`: "auto", "sampled" or "dense".
         **kwargs: For a class.
 
     Returns:
@@ -138,7 +153,7 @@ def wrap(
             f"{some(kwargs)}: options are for an optimizer class; an instance has its own"
         )
     names = {id(p): name for name, p in own_parameters(model)}
-    engine = install(model, mask, fingerprint=fingerprint)
+    engine = install(model, mask, fingerprint=fingerprint, gradient=gradient)
     try:
         if is_class:
             values = [slot.value for slot in engine.slots.values()]

@@ -30,6 +30,7 @@ _DTYPE_NAMES = {
     torch.bool: "BOOL", torch.complex64: "C64",
 }  # fmt: skip
 _SIGNED_OF_WIDTH = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_BLOCK = 2**20  # elements of a product that are in memory at once
 _forced = False
 
 
@@ -240,6 +241,37 @@ def gather_add_(out: Tensor, source: Tensor, index: Tensor, name: str) -> None:
         return
     part = source.detach().reshape(-1).index_select(0, index.to(source.device))
     out.detach().add_(part.to(out.dtype))
+
+
+def selected(left: Tensor, right: Tensor, index: Tensor, name: str) -> Tensor:
+    """`(left.T @ right).flatten()[index]`, without the rest of the product.
+
+    Args:
+        left: [tokens, rows].
+        right: [tokens, columns], of the dtype of `left`.
+        index: Positions in [rows, columns].
+        name: Of the weight, for errors.
+
+    Returns:
+        float32 [k] (float64 for float64). The Rust kernel sums in float32 in an order that depends on
+        nothing but the number of tokens; elsewhere blocks of rows are multiplied densely, a few MiB
+        at a time, and rounded to the dtype of `left` as torch rounds a product.
+    """
+    left, right = left.detach().contiguous(), right.detach().contiguous()
+    out = torch.empty(index.shape, dtype=value_dtype(left.dtype), device=left.device)
+    if _native(left, right, out) and left.dtype == right.dtype:
+        _core.selected_(out, left, right, index.cpu(), name)
+        return out
+    where, columns = index.to(left.device), right.shape[1]
+    rows = max(1, _BLOCK // max(columns, 1))
+    firsts = range(0, left.shape[1], rows)
+    bounds = torch.tensor([*(first * columns for first in firsts), left.shape[1] * columns])
+    cuts = torch.searchsorted(where, bounds.to(where)).tolist()
+    for first, start, end in zip(firsts, cuts[:-1], cuts[1:], strict=True):
+        if start < end:
+            block = left[:, first : first + rows].t() @ right
+            out[start:end] = block.reshape(-1).index_select(0, where[start:end] - first * columns)
+    return out
 
 
 def scatter_(target: Tensor, index: Tensor, values: Tensor, name: str) -> None:

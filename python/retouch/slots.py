@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from retouch.errors import EngineError, LayoutError
 from retouch.masks import Selection
+from retouch.routes import Path, Route, route
 
 PLACE = "_retouch"
 AGAIN = "call retouch.unwrap(model), then select and wrap again"
@@ -94,6 +95,7 @@ class Slot:
         base: What the selected coordinates held when the mask was set; the weight's dtype, value's
             shape.
         base_hash: Fingerprint of the whole weight at that time ("" without fingerprints).
+        path: How its gradient is taken.
     """
 
     name: str
@@ -102,13 +104,15 @@ class Slot:
     value: nn.Parameter
     base: Tensor
     base_hash: str
+    path: Path
     version: int = -1  # of the weight, after the last write of the engine
     fused: int | None = None  # version of the value that a fused optimizer has already scattered
     swapped: bool = False  # the weight holds the base for the moment
     _hook: RemovableHandle | None = field(default=None, repr=False)
+    _routes: list[Route] = field(default_factory=list, repr=False)
 
     def watch(self) -> None:
-        """Makes the weight hand its gradients over."""
+        """Makes the layers of the weight, and the weight itself, hand their gradients over."""
         me = weakref.ref(self)
 
         def hand_over(param: Tensor) -> None:
@@ -118,9 +122,13 @@ class Slot:
 
         self.unwatch()
         self._hook = self.param.register_post_accumulate_grad_hook(hand_over)
+        self._routes = [route(layer, self) for layer in self.path.layers]
 
     def unwatch(self) -> None:
-        """Leaves the weight's gradients alone."""
+        """Leaves the weight's gradients and its layers alone."""
+        for one in self._routes:
+            one.remove()
+        self._routes = []
         if self._hook is not None:
             self._hook.remove()
             self._hook = None

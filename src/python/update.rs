@@ -1,10 +1,11 @@
-//! Moving values: gather, scatter, score accumulation and the fused optimizer steps.
+//! Moving values: gather, scatter, sampled products, score accumulation and the fused optimizer steps.
 use super::threads;
 use crate::bridge::{Tensor, disjoint};
 use crate::error::{Error, Result};
 use crate::kernel::adamw::{self, AdamW};
 use crate::kernel::gather;
 use crate::kernel::reduce::{self, Map};
+use crate::kernel::sampled::{Product, selected_entries};
 use crate::kernel::sgd::{self, Sgd};
 use crate::view::{View, ViewMut};
 use crate::{with_elements, with_index};
@@ -15,6 +16,7 @@ pub(super) fn add(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(scatter_, m)?)?;
     m.add_function(wrap_pyfunction!(take_, m)?)?;
     m.add_function(wrap_pyfunction!(put_, m)?)?;
+    m.add_function(wrap_pyfunction!(selected_, m)?)?;
     m.add_function(wrap_pyfunction!(accumulate_, m)?)?;
     m.add_function(wrap_pyfunction!(adamw_, m)?)?;
     m.add_function(wrap_pyfunction!(sgd_, m)?)?;
@@ -107,6 +109,45 @@ fn put_(
         (ViewMut::BF16(x), View::BF16(v)) => py.allow_threads(|| gather::put(threads, &name, x, i, v)),
         _ => Err(unlike("values")),
     })?;
+    Ok(())
+}
+
+/// `out = (leftᵀ · right)[index]` for `left` [tokens, rows] and `right` [tokens, columns], or `out += ...`.
+#[pyfunction]
+#[pyo3(signature = (out, left, right, index, name, *, accumulate=false))]
+fn selected_(
+    py: Python<'_>,
+    mut out: Tensor,
+    left: Tensor,
+    right: Tensor,
+    index: Tensor,
+    name: String,
+    accumulate: bool,
+) -> PyResult<()> {
+    disjoint(&[("out", &out)], &[("left", &left), ("right", &right), ("index", &index)])?;
+    let threads = threads(py)?;
+    let (n_out, n_in) = (left.row(), right.row());
+    let (x, y) = (right.view("right")?, left.view("left")?);
+    let (index, out) = (index.index("index")?, out.f32_mut("out")?);
+    macro_rules! product {
+        ($y:expr, $x:expr) => {
+            with_index!(index, i => py.allow_threads(|| {
+                let tokens = $y.len().checked_div(n_out).unwrap_or(0);
+                let product = Product { dy: $y, x: $x, tokens, n_out, n_in };
+                selected_entries(threads, &name, &product, i, out, accumulate)
+            }))
+        };
+    }
+    match (y, x) {
+        (View::F32(y), View::F32(x)) => product!(y, x),
+        (View::F16(y), View::F16(x)) => product!(y, x),
+        (View::BF16(y), View::BF16(x)) => product!(y, x),
+        _ => Err(Error::Layout {
+            name: "right".to_string(),
+            got: "another dtype".to_string(),
+            want: "of the dtype of left".to_string(),
+        }),
+    }?;
     Ok(())
 }
 

@@ -143,7 +143,7 @@ def test_clipping_and_its_norm_are_those_of_the_selected_gradient():
     model = net()
     mask = mixed_mask(model)
     reference = Reference(model, mask, lambda p: torch.optim.AdamW(p, lr=1e-2))
-    optimizer = wrap(torch.optim.AdamW, mask, model, lr=1e-2)
+    optimizer = wrap(torch.optim.AdamW, mask, model, lr=1e-2, gradient="dense")
     for max_norm in (1e-3, 0.05, 1e3):
         ours = train(model, optimizer, range(2), clip=max_norm)
         assert ours == reference.train(range(2), clip=max_norm)
