@@ -141,6 +141,8 @@ class Binding:
             if slot.is_stale():  # written by load_state_dict, a delta or the user
                 slot.sync()
         self._dry_run = _is_dry_run(optimizer)
+        if not self._dry_run:
+            self._engine.check_reduced()
         self._before_step = (
             [(s, s.value.detach().clone(), s.selection.take(s.param)) for s in slots]
             if self._engine.measure

@@ -24,12 +24,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from retouch import ops
 from retouch.binding import Binding, Part, innermost
+from retouch.distributed import Reducer, processes
 from retouch.eligible import own_parameters
 from retouch.errors import BudgetError, EngineError, FormatError, FrozenError, MaskError
 from retouch.masks import Mask, Selection
@@ -70,6 +70,7 @@ class Engine(Container):
     Attributes:
         slots: One `Slot` per masked parameter, by name.
         mask: The mask in force, None before the first.
+        reducer: What averages gradients over processes; None where there is one process.
         gradient: How gradients are taken: "auto", "sampled" or "dense".
         measure: Measure the next optimizer steps (two O(k) copies a step); see `metrics`.
         base_buffers: Persistent buffers of the model when the mask was set (copies on the CPU).
@@ -93,6 +94,10 @@ class Engine(Container):
         self._bindings: list[Binding] = []
         self._flags = [(p, p.requires_grad) for _, p in own_parameters(model)]
         self._weights = {id(p): name for name, p in own_parameters(model)}  # _flags holds them
+        self.reducer: Reducer | None = None
+        if processes() > 1:
+            self.reducer = Reducer(self, model)
+            self.register_parameter("anchor", self.reducer.anchor)
         self.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
 
     # --- the model -----------------------------------------------------------------------------
@@ -107,11 +112,6 @@ class Engine(Container):
     def check(self) -> None:
         """Raises EngineError, naming the parameter, if the model changed since it was wrapped."""
         model = self.owner()
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            raise EngineError(
-                "the gradients of compact values are those of this process alone; "
-                "train in one process"
-            )
         for slot in self.slots.values():
             weight, value, what = slot.param, slot.value, ""
             if lookup(model, slot.name) is not weight:
@@ -131,6 +131,23 @@ class Engine(Container):
                 raise EngineError(f"{slot.name} {what}; {AGAIN}")
             if slot.swapped:
                 raise EngineError("optimizer step inside of base_weights()")
+
+    def check_reduced(self) -> None:
+        """Raises EngineError before a step on gradients of this process alone."""
+        if processes() == 1:
+            return
+        if self.reducer is None:
+            raise EngineError(
+                "the model was wrapped before torch.distributed was initialised; call "
+                "init_process_group first, then retouch.wrap, then DistributedDataParallel"
+            )
+        if not self.reducer.done:
+            raise EngineError(
+                f"the gradients of {processes()} processes were not averaged: wrap the model in "
+                "DistributedDataParallel after retouch.wrap, call that, and leave no_sync() for the "
+                "last backward pass before a step (FSDP and DeepSpeed are not supported)"
+            )
+        self.reducer.done = False
 
     def slot_of(self, value: Tensor) -> Slot | None:
         """The slot of a compact value of this engine."""
@@ -153,6 +170,15 @@ class Engine(Container):
             self._values[name] = value
             self._names[id(value)] = name
         return self._values[name]
+
+    @property
+    def paths(self) -> dict[str, Path]:
+        """How the gradient of each masked parameter is taken."""
+        return {name: slot.path for name, slot in self.slots.items()}
+
+    def values(self) -> list[nn.Parameter]:
+        """All compact values, also those that have no element yet."""
+        return list(self._values.values())
 
     # --- the mask ------------------------------------------------------------------------------
 
@@ -299,6 +325,8 @@ class Engine(Container):
             if name not in self.slots:
                 param.requires_grad_(False)
                 param.grad = None  # else it would count in clip_grad_norm_
+        if self.reducer is not None:
+            self.reducer.mask_changed(model)
 
     # --- the optimizer -------------------------------------------------------------------------
 
@@ -367,7 +395,8 @@ class Engine(Container):
 
         Returns:
             `density` (selected of all parameters), `selected`, `state_bytes` (of the optimizer),
-            `delta_bytes` (positions and values of an uncompressed delta); and of the last step, if
+            `delta_bytes` (positions and values of an uncompressed delta), with several processes
+            `sent_bytes` (gradients that each sends at a step); and of the last step, if
             `measure` was on, `update_norm` (length of the step, in float32 values) and
             `lost_updates` (the fraction of the selected whose value moved and whose rounded weight
             did not).
@@ -386,6 +415,8 @@ class Engine(Container):
             "state_bytes": float(sum(b.state_bytes() for b in live)),
             "delta_bytes": float(delta),
         }
+        if self.reducer is not None:
+            figures["sent_bytes"] = float(self.reducer.sent)
         measured = [b.measured for b in live if b.measured]
         if measured:
             figures["update_norm"] = math.hypot(*(m["update_norm"] for m in measured))
@@ -436,12 +467,14 @@ class Engine(Container):
             slot.param.grad = None
         for param, flag in self._flags:
             param.requires_grad_(flag)
+        if self.reducer is not None:
+            self.reducer.remove(self.owner())
         self.owner()._modules.pop(PLACE, None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Engine":
         """Follows the model to another device, and keeps the float32 of the values."""
         with torch.no_grad():
-            for value in self._values.values():
+            for value in self.parameters():
                 value.data = value.data.to(fn(value.data).device)
                 if value.grad is not None:
                     value.grad = value.grad.to(value.device)

@@ -157,7 +157,7 @@ def wrap(
     try:
         if is_class:
             values = [slot.value for slot in engine.slots.values()]
-            optimizer = optimizer(values or list(engine.parameters()), **kwargs)
+            optimizer = optimizer(values or engine.values(), **kwargs)
         else:
             _take_over(engine, innermost(optimizer), names)
         engine.bind(optimizer)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from retouch import maskfile, maskview
@@ -314,6 +315,34 @@ class Mask(Mapping[str, Selection]):
     def __deepcopy__(self, memo: dict[int, Any]) -> "Mask":
         return self._of(self._selections, self.layout, copy.deepcopy(self.metadata), self._model)
 
+    # --- processes -------------------------------------------------------------------------------
+
+    def broadcast(self, source: int = 0) -> "Mask":
+        """The mask of one process, in every process of the default group of `torch.distributed`.
+
+        Scores of different data, or of different devices, may differ in their last bits, and masks
+        must not: select in each process and train with ``mask.broadcast()``.
+
+        Args:
+            source: Rank of the process whose mask is taken.
+
+        Returns:
+            A mask for the model of this one.
+
+        Raises:
+            MaskError: The mask does not fit the model of this process.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            return self
+        held = [self if dist.get_rank() == source else None]
+        dist.broadcast_object_list(held, src=source)
+        mask = held[0]
+        assert mask is not None
+        model = self.model()
+        if model is not None:
+            mask._attach(model)
+        return mask
+
     # --- looks -----------------------------------------------------------------------------------
 
     def summary(self, modules: bool = True) -> str:
@@ -324,7 +353,9 @@ class Mask(Mapping[str, Selection]):
 
         Returns:
             Trainable and all parameters, the percentage, the optimizer state of AdamW (two float32
-            numbers per selected weight) and the size of an uncompressed delta.
+            numbers per selected weight) and the size of an uncompressed delta; in the table also
+            how the gradients are taken, and why (see `retouch.wrap`), if the model is known: of a
+            wrapped model as it is, else as ``gradient="auto"`` will have it.
         """
         return maskview.summary(self, modules)
 

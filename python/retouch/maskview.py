@@ -6,7 +6,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from retouch.eligible import PLACE
 from retouch.maskfile import Layout
+from retouch.routes import plan
 from retouch.selection import Selection
 
 if TYPE_CHECKING:
@@ -87,9 +89,32 @@ def summary(mask: "Mask", modules: bool) -> str:
     lines = [line(mask)]
     shown = [g for g in groups(mask) if g.selected] if modules else []
     width = max((len(g.name) for g in shown), default=0)
+    ways = gradients(mask)
     for g in shown:
-        lines.append(f"  {g.name:<{width}}  {g.selected:>13,} of {g.numel:>15,}  {g.density:8.3%}")
+        row = f"  {g.name:<{width}}  {g.selected:>13,} of {g.numel:>15,}  {g.density:8.3%}"
+        lines.append(f"{row}  {ways.get(g.name, '')}".rstrip())
     return "\n".join(lines)
+
+
+def gradients(mask: "Mask") -> dict[str, str]:
+    """How the gradients of each group are taken, and why; empty if the mask knows no model.
+
+    What holds is asked of the engine if the model is wrapped, else of the rule for "auto".
+    """
+    model = mask.model()
+    if model is None:
+        return {}
+    engine: Any = model._modules.get(PLACE)
+    paths = getattr(engine, "paths", None) or plan(model, mask, "auto")
+    found: dict[str, dict[str, int]] = {}
+    for name, path in paths.items():
+        counts = found.setdefault(split(name)[0], {})
+        said = f"{path.gradient} ({path.why})"
+        counts[said] = counts.get(said, 0) + 1
+    return {
+        group: ", ".join(f"{n} {said}" if len(counts) > 1 else said for said, n in counts.items())
+        for group, counts in found.items()
+    }
 
 
 def as_html(mask: "Mask") -> str:

@@ -556,3 +556,27 @@ def test_a_weight_on_another_device_follows():
     route.index = route.index.to("meta")  # as after a move
     loss_of(model, batch(0)).backward()
     assert route.index.device.type == "cpu"
+
+
+def test_the_table_of_a_mask_says_which_way_each_layer_goes():
+    model = tiny.llama()
+    chosen = {}
+    for name, p in model.named_parameters():
+        if p.dim() == 2:
+            count = 1 if "up_proj" in name or "layers.0.mlp.gate" in name else p.numel() // 2
+            chosen[name] = Selection("elements", tuple(p.shape), positions(p.numel(), count, 0))
+        elif name == "model.norm.weight":
+            chosen[name] = Selection("elements", (16,), torch.tensor([3]))
+    mask = Mask(chosen, model)
+
+    def line(part):
+        return next(row for row in mask.summary().splitlines() if part in row)
+
+    assert line("up_proj").endswith("sampled (elements)")
+    assert "dense (density over the break-even of" in line("down_proj")
+    assert "1 sampled (elements), 1 dense (density over" in line("gate_proj")
+    assert line("model.norm").endswith("dense (a vector: its gradient is small)")
+    retouch.wrap(torch.optim.SGD, mask, model, lr=0.1, gradient="dense")
+    assert line("up_proj").endswith("dense (as asked)")
+    assert retouch.get_engine(model).paths["model.norm.weight"].gradient == "dense"
+    assert "sampled" not in Mask(chosen).summary()  # who knows of which model

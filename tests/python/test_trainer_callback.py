@@ -207,13 +207,31 @@ def test_wrong_arguments(tmp_path: Path) -> None:
     run.train()
 
 
-def test_many_processes_are_refused_before_anything_happens(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("sign", "value", "why"),
+    [("is_fsdp_enabled", True, "FSDP"), ("is_deepspeed_enabled", True, "DeepSpeed")],
+)
+def test_sharded_training_is_refused_before_anything_happens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sign: str, value: bool, why: str
 ) -> None:
     run = retouch.attach(trainer(tmp_path), CONFIG)
-    monkeypatch.setattr(type(run.args), "world_size", 2)
-    with pytest.raises(EngineError, match="process"):
+    monkeypatch.setattr(run, sign, value)
+    with pytest.raises(EngineError, match=why):
         run.create_optimizer()
+
+
+@pytest.mark.parametrize("gradient", ["sampled", "dense"])
+def test_a_callback_passes_on_how_gradients_are_taken(tmp_path: Path, gradient: Any) -> None:
+    callback = retouch.SelectiveUpdates("random", density=0.01, gradient=gradient)
+    again = retouch.SelectiveUpdates(**callback.state()["args"])
+    run = trainer(tmp_path, callbacks=[again], max_steps=1)
+    run.train()
+    paths = retouch.get_engine(run.model).paths.values()
+    assert {path.gradient for path in paths} == {gradient}
+    with pytest.raises(HyperparameterError, match="gradient='sparse'"):
+        retouch.SelectiveUpdates("random", density=0.01, gradient="sparse")  # type: ignore[arg-type]
+    with pytest.raises(HyperparameterError, match="gradient='sparse'"):
+        retouch.attach(trainer(tmp_path), CONFIG, gradient="sparse")  # type: ignore[arg-type]
 
 
 def test_transformers_is_imported_only_when_it_is_used_and_missed_clearly() -> None:

@@ -76,7 +76,10 @@ class TrainingSamples:
         if isinstance(loader.dataset, IterableDataset):
             options["batch_size"] = loader.batch_size
         else:
-            options["batch_sampler"] = loader.batch_sampler
+            sampler: Any = loader.batch_sampler
+            while hasattr(sampler, "batch_sampler"):  # Accelerate's share of this process
+                sampler = sampler.batch_sampler
+            options["batch_sampler"] = sampler
         return iter(DataLoader(loader.dataset, **options))
 
     def collate(self, batch: list[Sample] | Batch) -> Batch:

@@ -19,6 +19,7 @@ from retouch.errors import EngineError, MaskError
 from retouch.integrations import _checkpoint
 from retouch.integrations._calibration import Batch, data_and_loss, undisturbed
 from retouch.masks import Mask
+from retouch.routes import Gradient
 from retouch.select import select
 from retouch.slots import PLACE
 
@@ -35,6 +36,7 @@ class Run:
         data: Batches for a data-driven score; None for the training data.
         checkpoint: Whether checkpoints hold the whole model or only its delta.
         optimizer: A class and arguments that go before those of ``TrainingArguments``.
+        gradient: How gradients are taken, see `retouch.wrap`.
         resume: The checkpoint that the present ``train()`` goes on from.
         start: The mask and the selected weights from before that checkpoint was loaded; only where
             it holds no optimizer state.
@@ -45,6 +47,7 @@ class Run:
     data: Iterable[Batch] | None
     checkpoint: Checkpoint
     optimizer: tuple[type[Optimizer], dict[str, Any]] | None
+    gradient: Gradient = "auto"
     resume: Path | None = None
     start: tuple[Mask, dict[str, Tensor]] | None = None
     engine: Engine | None = None
@@ -96,17 +99,17 @@ class SelectiveTrainer(Trainer):
         if run.resume is not None and _checkpoint.has_optimizer(run.resume):
             # Mask, float32 values and base come with the optimizer state, which the Trainer loads
             # when Accelerate has prepared model and optimizer.
-            wrap(optimizer, None, model)
+            wrap(optimizer, None, model, gradient=run.gradient)
             run.engine = get_engine(model)
         elif run.start is not None:
             mask, base = run.start
             trained = _checkpoint.swap(model, mask, base)
-            wrap(optimizer, mask, model)
+            wrap(optimizer, mask, model, gradient=run.gradient)
             _checkpoint.swap(model, mask, trained)
             run.engine = get_engine(model)
             run.engine.sync_from_weights()
         else:
-            wrap(optimizer, self._mask(model), model)
+            wrap(optimizer, self._mask(model), model, gradient=run.gradient)
             run.engine = get_engine(model)
 
     def _mask(self, model: nn.Module) -> Mask:
@@ -115,7 +118,7 @@ class SelectiveTrainer(Trainer):
             return run.config
         with undisturbed(self):
             data, loss = data_and_loss(self, run.data)
-            mask = select(model, run.config, data, loss_fn=loss)
+            mask = select(model, run.config, data, loss_fn=loss).broadcast()
         named = dict(model.named_parameters())
         frozen = [n for n, s in mask.items() if s.count and not named[n].requires_grad]
         if frozen:
@@ -231,12 +234,10 @@ def refuse_the_impossible(trainer: Trainer) -> None:
         why = "DeepSpeed replaces the optimizer and flattens the parameters"
     elif trainer.is_fsdp_enabled or trainer.is_fsdp_xla_enabled:
         why = "FSDP shards the weights after the selection"
-    elif trainer.args.world_size > 1:
-        why = f"there are {trainer.args.world_size} processes, and their gradients are not combined"
     elif trainer.args.n_gpu > 1:
         why = (
             f"nn.DataParallel would copy the model to {trainer.args.n_gpu} GPUs: make one visible "
             "with CUDA_VISIBLE_DEVICES"
         )
     if why:
-        raise EngineError(f"retouch trains in one process on one device for now: {why}.")
+        raise EngineError(f"retouch trains whole models, in one process or with DDP: {why}.")

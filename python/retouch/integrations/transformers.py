@@ -30,6 +30,7 @@ from retouch.errors import EngineError, HyperparameterError
 from retouch.integrations._calibration import Batch
 from retouch.integrations._trainer import Checkpoint, Run, SelectiveTrainer
 from retouch.masks import Mask
+from retouch.routes import Gradient, check_gradient
 from retouch.scores import as_score
 
 SAMPLES = 256  # of the training data, for scores that need data
@@ -43,6 +44,7 @@ def attach(
     data: Iterable[Batch] | None = None,
     checkpoint: Checkpoint = "full",
     optimizer: type[Optimizer] | tuple[type[Optimizer], dict[str, Any]] | None = None,
+    gradient: Gradient = "auto",
     **overrides: Any,
 ) -> AnyTrainer:
     """Makes a Trainer, or a TRL trainer, train selected weights only.
@@ -75,6 +77,7 @@ def attach(
             ``TrainingArguments.optim`` names: ``retouch.AdamW`` or ``(retouch.SGD, {"momentum":
             0.9})``. It gets the learning rate, and betas and epsilon if it knows them, from
             ``TrainingArguments``.
+        gradient: How gradients are taken: "auto", "sampled" or "dense", see `retouch.wrap`.
         **overrides: Fields of `SelectConfig` that replace those of ``config``.
 
     Returns:
@@ -99,8 +102,13 @@ def attach(
         )
     if checkpoint not in get_args(Checkpoint):
         raise HyperparameterError(f'checkpoint={checkpoint!r}: wanted "full" or "delta"')
+    check_gradient(gradient)
     run = Run(
-        resolved(config, overrides, own_data=data is None), data, checkpoint, _optimizer(optimizer)
+        resolved(config, overrides, own_data=data is None),
+        data,
+        checkpoint,
+        _optimizer(optimizer),
+        gradient,
     )
     if run.optimizer is not None and trainer.optimizer is not None:
         raise HyperparameterError(
@@ -125,6 +133,7 @@ class SelectiveUpdates(TrainerCallback, ExportableState):
     Args:
         config: What to select, its ``to_dict()``, or the name of a recipe.
         checkpoint: See `attach`.
+        gradient: See `attach`.
         **overrides: Fields of `SelectConfig` that replace those of ``config``.
 
     Raises:
@@ -135,8 +144,10 @@ class SelectiveUpdates(TrainerCallback, ExportableState):
         self,
         config: SelectConfig | str | dict[str, Any],
         checkpoint: Checkpoint = "full",
+        gradient: Gradient = "auto",
         **overrides: Any,
     ) -> None:
+        check_gradient(gradient)
         if checkpoint not in get_args(Checkpoint):
             raise HyperparameterError(f'checkpoint={checkpoint!r}: wanted "full" or "delta"')
         if isinstance(config, dict):
@@ -149,6 +160,7 @@ class SelectiveUpdates(TrainerCallback, ExportableState):
             )
         self.config = config
         self.checkpoint = checkpoint
+        self.gradient = gradient
         self.overrides = overrides
         custom = isinstance(config, SelectConfig) and config.to_dict()["score"] == "custom"
         if custom or not _is_json(self._arguments()):
@@ -160,7 +172,8 @@ class SelectiveUpdates(TrainerCallback, ExportableState):
 
     def _arguments(self) -> dict[str, Any]:
         config = self.config.to_dict() if isinstance(self.config, SelectConfig) else self.config
-        return {"config": config, "checkpoint": self.checkpoint} | self.overrides
+        own = {"config": config, "checkpoint": self.checkpoint, "gradient": self.gradient}
+        return own | self.overrides
 
     def state(self) -> dict[str, Any]:
         """What the Trainer writes to ``trainer_state.json`` and builds a new instance from.
@@ -213,7 +226,13 @@ class SelectiveUpdates(TrainerCallback, ExportableState):
             ) from error
 
     def _attach(self, trainer: Trainer) -> None:
-        attach(trainer, self.config, checkpoint=self.checkpoint, **self.overrides)
+        attach(
+            trainer,
+            self.config,
+            checkpoint=self.checkpoint,
+            gradient=self.gradient,
+            **self.overrides,
+        )
 
 
 def _is_json(data: Any) -> bool:

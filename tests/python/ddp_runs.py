@@ -1,0 +1,246 @@
+"""What each process of a torchrun does in test_distributed.py: `torchrun ddp_runs.py FOLDER RUN...`."""
+
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from training import llama, mixed_mask, net
+
+import retouch
+from retouch.errors import EngineError
+from retouch.masks import Mask, Selection
+
+STEPS, ROWS = 4, 8
+
+
+def rows(step, micro):
+    """The tokens of the whole batch of a micro step."""
+    generator = torch.Generator().manual_seed(100 * step + micro)
+    return torch.randint(0, 23, (ROWS, 7), generator=generator)
+
+
+def share(tokens):
+    """The rows of this process."""
+    count = dist.get_world_size() if dist.is_initialized() else 1
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    return tokens[rank::count]
+
+
+def loss_of(outputs):
+    return outputs.float().square().mean()
+
+
+def train(gradient, micro=1, kind="net", **options):
+    """A run of `STEPS` steps on one process, or on all with DDP."""
+    model = net() if kind == "net" else llama()
+    mask = mixed_mask(model)
+    optimizer = retouch.wrap(
+        torch.optim.AdamW, mask, model, lr=1e-2, weight_decay=0.1, gradient=gradient
+    )
+    engine = retouch.get_engine(model)
+    forward = DistributedDataParallel(model, **options) if dist.is_initialized() else model
+    assert retouch.get_engine(forward) is engine
+    norms, sent = [], []
+    for step in range(STEPS):
+        for i in range(micro):
+            last = i == micro - 1
+            free = (
+                forward.no_sync()
+                if dist.is_initialized() and not last
+                else warnings.catch_warnings()
+            )
+            with free:
+                out = forward(share(rows(step, i)))
+                loss = loss_of(out if kind == "net" else out.logits)
+                (loss / micro).backward()
+        norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), 0.5)))
+        optimizer.step()
+        optimizer.zero_grad()
+        sent.append(engine.metrics().get("sent_bytes", 0.0))
+    retouch.verify_untouched(model)
+    weights = {n: p.detach() for n, p in model.named_parameters() if not n.startswith("_retouch.")}
+    values = sum(s.value.numel() for s in engine.slots.values())
+    return {"weights": weights, "norms": norms, "sent": sent, "values": values,
+            "slots": len(engine.slots), "numel": sum(w.numel() for w in weights.values())}  # fmt: skip
+
+
+class Counter:
+    """Counts the bytes that all-reduces of this process carry."""
+
+    def __enter__(self):
+        self.bytes, self._plain = 0, dist.all_reduce
+
+        def counted(tensor, *args, **kwargs):
+            self.bytes += tensor.numel() * tensor.element_size()
+            return self._plain(tensor, *args, **kwargs)
+
+        dist.all_reduce = counted
+        return self
+
+    def __exit__(self, *_):
+        dist.all_reduce = self._plain
+
+
+def unused_layers():
+    """Each process uses another expert, and both the router."""
+
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.ModuleList(nn.Linear(4, 4, bias=False) for _ in range(3))
+
+        def forward(self, x, which):
+            return {"out": self.experts[which](self.experts[2](x))}
+
+    torch.manual_seed(0)
+    model = Experts()
+    whole = {
+        n: Selection("rows", (4, 4), torch.tensor([1, 2])) for n, _ in model.named_parameters()
+    }
+    optimizer = retouch.wrap(torch.optim.SGD, Mask(whole, model), model, lr=1.0)
+    forward = DistributedDataParallel(model)
+    slots = retouch.get_engine(model).slots
+    for _ in range(2):  # DDP complains at the second pass of what was unused in the first
+        loss = forward(torch.ones(2, 4), dist.get_rank())["out"].sum()
+        loss.backward()
+    mine = slots[f"experts.{dist.get_rank()}.weight"].value.grad.clone()
+    grads = {n: s.value.grad for n, s in slots.items()}
+    optimizer.step()
+    return {"weights": {n: p.detach() for n, p in model.named_parameters()}, "grads": grads,
+            "mine": mine}  # fmt: skip
+
+
+def refusals():
+    """What a user may get wrong, as (what, error)."""
+    said = {}
+
+    def note(what, run):
+        try:
+            run()
+        except EngineError as error:
+            said[what] = str(error)
+
+    def without_ddp():
+        model = net()
+        optimizer = retouch.wrap(torch.optim.SGD, mixed_mask(model), model, lr=0.1)
+        loss_of(model(rows(0, 0))).backward()
+        optimizer.step()
+
+    def ddp_first():
+        model = net()
+        forward = DistributedDataParallel(model)
+        retouch.wrap(torch.optim.SGD, mixed_mask(model), model, lr=0.1)
+        forward(rows(0, 0))
+
+    def never_synced():
+        model = net()
+        optimizer = retouch.wrap(torch.optim.SGD, mixed_mask(model), model, lr=0.1)
+        forward = DistributedDataParallel(model)
+        with forward.no_sync():
+            loss_of(forward(rows(0, 0))).backward()
+        optimizer.step()
+
+    def other(weights, mask):
+        model = net(seed=dist.get_rank() if weights else 0)
+        chosen = mixed_mask(model)
+        if mask and dist.get_rank():
+            chosen = Mask({n: s for n, s in chosen.items() if n != "up.weight"}, model)
+            chosen |= Mask({"up.weight": Selection("rows", (20, 12), torch.tensor([0]))}, model)
+        retouch.wrap(torch.optim.SGD, chosen, model, lr=0.1)
+        loss_of(DistributedDataParallel(model)(rows(0, 0))).backward()
+
+    def changed_in_place():
+        model = net()
+        retouch.wrap(torch.optim.SGD, mixed_mask(model), model, lr=0.1)
+        out = DistributedDataParallel(model)(rows(0, 0))
+        out /= 2  # as trainers do with logits
+        loss_of(out).backward()
+        said["in place"] = "fine"
+
+    note("without ddp", without_ddp)
+    note("ddp first", ddp_first)
+    note("never synced", never_synced)
+    note("other weights", lambda: other(True, False))
+    note("other mask", lambda: other(False, True))
+    note("in place", changed_in_place)
+    model = net()
+    retouch.wrap(torch.optim.SGD, mixed_mask(model), model, lr=0.1)
+    retouch.unwrap(model)
+    said["unwrapped"] = str(len(DistributedDataParallel(model)._module_parameters))
+    return {"said": said}
+
+
+def shared_mask():
+    """Masks that differ between processes, made one."""
+    model = net()
+    mask = retouch.select(model, "random", density=0.1, seed=dist.get_rank())
+    shared = mask.broadcast()
+    assert shared.model() is model
+    retouch.wrap(torch.optim.SGD, shared, model, lr=0.1)
+    loss_of(DistributedDataParallel(model)(rows(0, 0))).backward()
+    return {"before": mask["up.weight"].index, "after": shared["up.weight"].index}
+
+
+def trainer(folder, gradient, resume=None):
+    """A Trainer with accumulation, clipping, a data-driven mask, logs and checkpoints."""
+    import tiny_hf
+
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    run = tiny_hf.trainer(
+        folder / f"{gradient}-{count}", per_device_train_batch_size=4 // count,
+        gradient_accumulation_steps=2, max_grad_norm=0.5, save_strategy="steps", save_steps=2,
+        ddp_find_unused_parameters=False,
+    )  # fmt: skip
+    retouch.attach(run, "gradient", density=0.05, samples=8, gradient=gradient)
+    run.train(resume_from_checkpoint=resume)
+    model = run.accelerator.unwrap_model(run.model)
+    retouch.verify_untouched(model)
+    log = [entry for entry in run.state.log_history if "loss" in entry]
+    weights = {n: p.detach() for n, p in model.named_parameters() if not n.startswith("_retouch.")}
+    mask = {n: s.flat() for n, s in retouch.get_engine(model).mask.items()}
+    return {"weights": weights, "mask": mask, "losses": [e["loss"] for e in log],
+            "norms": [e["grad_norm"] for e in log],
+            "sent": [e.get("retouch/sent_mib", 0.0) for e in log]}  # fmt: skip
+
+
+def main():
+    folder, names = Path(sys.argv[1]), sys.argv[2:]
+    torch.set_num_threads(1)
+    if not any(name.startswith("trainer") for name in names):
+        dist.init_process_group("gloo")
+    runs = {
+        "sampled": lambda: train("sampled"),
+        "dense": lambda: train("dense"),
+        "accumulated": lambda: train("sampled", micro=3),
+        "accumulated-dense": lambda: train("dense", micro=3),
+        "llama": lambda: train("sampled", kind="llama", find_unused_parameters=True),
+        "static": lambda: train("sampled", static_graph=True),
+        "unused": unused_layers,
+        "refusals": refusals,
+        "shared": shared_mask,
+        "trainer-sampled": lambda: trainer(folder, "sampled"),
+        "trainer-dense": lambda: trainer(folder, "dense"),
+        "trainer-resumed": lambda: trainer(
+            folder, "sampled", str(folder / "sampled-2" / "checkpoint-2")
+        ),
+    }
+    rank = os.environ.get("RANK", "0")
+    for name in names:
+        if dist.is_initialized():
+            with Counter() as counter:
+                result = runs[name]()
+            result["counted"] = counter.bytes
+        else:
+            result = runs[name]()
+        torch.save(result, folder / f"{name}-{rank}.pt")
+    print(json.dumps(names))
+
+
+if __name__ == "__main__":
+    main()
