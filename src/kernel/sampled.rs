@@ -3,8 +3,9 @@
 //!
 //! Both operands are packed feature by feature, a tile of tokens at a time, so that an entry is a dot
 //! product of two contiguous rows. X goes to a panel that all threads share and that stays in the last
-//! level of cache; a few columns of dY are packed by the thread that uses them. Features without a
-//! selected entry are not read.
+//! level of cache; a block of columns of dY is packed by the thread that uses it. Where the entries are
+//! dense enough, such a block meets X in blocks of columns too, that stay in the second level of cache.
+//! Features without a selected entry are not read.
 //!
 //! The sum of an entry has one order, whatever the threads and the processor: within a tile of 16
 //! lines, 16 lanes with one fused multiply-add per element; the lanes in a fixed tree; then tile after
@@ -31,12 +32,18 @@ use std::ops::Range;
 
 /// Lines of one feature in a tile of tokens: 1 KiB, which is 256 tokens of f32 and 512 of bf16.
 const TILE: usize = 16;
-/// Lines of the panel of X (8 MiB), if a tile is not larger.
-const PANEL: usize = 1 << 17;
-/// Features packed by one task.
-const FEATURES: usize = 128;
-/// Rows of G computed by one task.
-const ROWS: usize = 64;
+/// Lines of the panel of X (2 MiB), if a tile is not larger.
+const PANEL: usize = 1 << 15;
+/// Features packed by one task: a few KiB of a token, which memory gives faster than scattered lines.
+const FEATURES: usize = 512;
+/// Columns of G in a block: their part of a tile (512 KiB) stays in the second level of cache.
+const COLUMNS: usize = 512;
+/// Rows of G in a block, at least and at most.
+const ROWS: (usize, usize) = (64, 1024);
+/// Blocks of rows for each thread: rows may differ in length.
+const BLOCKS: usize = 4;
+/// How often a block of rows must use a column on average, for blocks of columns to pay.
+const REUSE: usize = 3;
 /// Multiply-adds and packed elements below which handing over costs more than the work.
 const SMALL: usize = 1 << 19;
 
@@ -103,8 +110,17 @@ struct Scratch {
 
 thread_local! {
     static SCRATCH: Cell<Scratch> = Cell::default();
-    /// packed columns of dY; apart from the panel, since the thread that owns that takes tasks too
-    static ROWS_OF_DY: Cell<Vec<Line>> = Cell::default();
+    /// apart from `SCRATCH`, since the thread that owns a panel takes tasks too
+    static ROWS_OF_DY: Cell<RowsOfDy> = Cell::default();
+}
+
+/// A block of columns of dY, which are rows of G.
+#[derive(Default)]
+struct RowsOfDy {
+    /// packed, for one tile of tokens
+    lines: Vec<Line>,
+    /// the offset in the index of each row's next entry
+    next: Vec<usize>,
 }
 
 /// `n` lines of a buffer that grows.
@@ -129,6 +145,7 @@ fn entries<T: Sample, P: Position>(
     find_columns(index, starts, n_in, used);
     let tile = TILE * T::TOKENS;
     let batch = (PANEL / (n_in * TILE)).max(1) * tile;
+    let block = block(threads.unwrap_or(1), n_out, n_in, index.len());
     for first in (0..tokens).step_by(batch) {
         let tokens = first..tokens.min(first + batch);
         let panel = room(panel, tokens.len().div_ceil(T::TOKENS) * n_in);
@@ -136,9 +153,16 @@ fn entries<T: Sample, P: Position>(
         let blocks = columns.tiles() * n_in.div_ceil(FEATURES);
         spread(threads, 1, Pack { columns: &columns, used, blocks: 0..blocks, to: panel });
         let columns = Columns { data: dy, width: n_out, tokens };
-        let rows = Rows { dy: &columns, panel, n_in, index, starts, rows: 0..n_out, out };
-        spread(threads, ROWS, rows);
+        let rows = Rows { dy: &columns, panel, n_in, index, starts, rows: 0..n_out, block, out };
+        spread(threads, block.0, rows);
     }
+}
+
+/// How many rows and columns of G make a block. This changes no bit.
+fn block(threads: usize, n_out: usize, n_in: usize, entries: usize) -> (usize, usize) {
+    let rows = n_out.div_ceil(BLOCKS * threads).next_multiple_of(LANES).clamp(ROWS.0, ROWS.1);
+    let reused = rows.saturating_mul(entries) / n_out >= n_in.saturating_mul(REUSE);
+    (rows, if reused { COLUMNS } else { n_in })
 }
 
 /// Work in pieces of `grain`, or in one where there are no threads.
@@ -290,6 +314,8 @@ struct Rows<'a, T, P> {
     index: &'a [P],
     starts: &'a [usize],
     rows: Range<usize>,
+    /// rows and columns that are computed together
+    block: (usize, usize),
     out: &'a mut [f32],
 }
 
@@ -311,28 +337,45 @@ impl<T: Sample, P: Position> Divide for Rows<'_, T, P> {
 impl<T: Sample, P: Position> Work for Rows<'_, T, P> {
     #[inline(always)]
     fn run(self, isa: impl Isa) {
-        let mut lines = ROWS_OF_DY.take();
+        let mut scratch = ROWS_OF_DY.take();
+        let RowsOfDy { lines, next } = &mut scratch;
         let base = self.starts[self.rows.start];
-        for first in self.rows.clone().step_by(ROWS) {
-            let rows = first..self.rows.end.min(first + ROWS);
+        for first in self.rows.clone().step_by(self.block.0) {
+            let rows = first..self.rows.end.min(first + self.block.0);
             if self.starts[rows.start] == self.starts[rows.end] {
                 continue;
             }
             for tile in 0..self.dy.tiles() {
                 let n = self.dy.lines(tile);
-                let y = room(&mut lines, ROWS * TILE);
+                let y = room(lines, rows.len() * n);
                 let wanted = |row: usize| self.starts[row] < self.starts[rows.end.min(row + LANES)];
                 self.dy.pack(isa, tile, rows.clone(), wanted, y);
                 let x = &self.panel[tile * TILE * self.n_in..][..n * self.n_in];
-                for (row, y) in rows.clone().zip(y.chunks_exact(n)) {
-                    let entries = self.starts[row]..self.starts[row + 1];
-                    let to = &mut self.out[entries.start - base..entries.end - base];
-                    dots::<T, P>(isa, y, x, row * self.n_in, &self.index[entries], to);
+                next.clear();
+                next.extend_from_slice(&self.starts[rows.clone()]);
+                for column in (0..self.n_in).step_by(self.block.1) {
+                    let end = self.n_in.min(column + self.block.1);
+                    for ((row, at), y) in rows.clone().zip(&mut *next).zip(y.chunks_exact(n)) {
+                        let index = &self.index[*at..self.starts[row + 1]];
+                        let index = &index[..before(index, row * self.n_in, end, self.n_in)];
+                        let to = &mut self.out[*at - base..][..index.len()];
+                        dots::<T, P>(isa, y, x, row * self.n_in, index, to);
+                        *at += index.len();
+                    }
                 }
             }
         }
-        ROWS_OF_DY.set(lines);
+        ROWS_OF_DY.set(scratch);
     }
+}
+
+/// How many entries of the rest of a row, which begins at `base`, come before column `end`.
+#[inline(always)]
+fn before<P: Position>(index: &[P], base: usize, end: usize, n_in: usize) -> usize {
+    if end == n_in {
+        return index.len();
+    }
+    index.iter().position(|p| p.at() - base >= end).unwrap_or(index.len())
 }
 
 /// Adds to `out` the products of a row of dY with the rows of X that the index says.

@@ -78,6 +78,19 @@ impl V4<true> {
     }
 }
 
+/// How many bytes ahead of a block its rows are asked for.
+const AHEAD: usize = 128;
+
+/// Asks for the part of these rows that is packed soon: they are more streams than a processor follows.
+#[inline(always)]
+fn prefetch<T: Sample>(src: &[T], stride: usize) {
+    for token in 0..T::TOKENS {
+        let ahead = src.as_ptr().wrapping_add(token * stride).wrapping_byte_add(AHEAD);
+        // SAFETY: a hint reads nothing, so that any address will do.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(ahead.cast()) };
+    }
+}
+
 /// Refuses a block that `transpose` would leave.
 #[inline(always)]
 fn check_block<T: Sample>(src: &[T], stride: usize, dst: &[Line], pitch: usize) {
@@ -89,6 +102,7 @@ impl Isa for V3 {
     #[inline(always)]
     fn transpose<T: Sample>(self, src: &[T], stride: usize, dst: &mut [Line], pitch: usize) {
         check_block(src, stride, dst, pitch);
+        prefetch(src, stride);
         // SAFETY: a `V3` exists only where AVX2 and F16C do; the block is inside of both slices.
         unsafe { transpose_v3(src, stride, dst, pitch) }
     }
@@ -104,6 +118,7 @@ impl<const BF16: bool> Isa for V4<BF16> {
     #[inline(always)]
     fn transpose<T: Sample>(self, src: &[T], stride: usize, dst: &mut [Line], pitch: usize) {
         check_block(src, stride, dst, pitch);
+        prefetch(src, stride);
         // SAFETY: a `V4` exists only where AVX-512 does; the block is inside of both slices.
         unsafe { transpose_v4(src, stride, dst, pitch) }
     }
@@ -178,6 +193,14 @@ unsafe fn transpose_v4<T: Sample>(src: &[T], stride: usize, dst: &mut [Line], pi
     }
 }
 
+/// Refuses rows of unequal length; the loops after it need no other check.
+#[inline(always)]
+fn check_rows<const N: usize>(y: &[Line], x: &[&[Line]; N]) {
+    for x in x {
+        assert!(x.len() == y.len());
+    }
+}
+
 #[inline(always)]
 fn ps512(line: &Line) -> __m512 {
     // SAFETY: any 64 bytes are a vector of 16 f32. This is the `From` that the types lack.
@@ -188,10 +211,10 @@ fn ps512(line: &Line) -> __m512 {
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 fn dots_v4<T: Sample, const N: usize>(y: &[Line], x: [&[Line]; N]) -> [f32; 4] {
     let mut sums = [_mm512_setzero_ps(); 4];
-    let rows = x.map(|x| &x[..y.len()]);
+    check_rows(y, &x);
     for j in 0..y.len() {
         let y = ps512(&y[j]);
-        for (sum, x) in sums.iter_mut().zip(rows) {
+        for (sum, x) in sums.iter_mut().zip(&x) {
             let x = ps512(&x[j]);
             if T::FORM == Form::Pair {
                 *sum = _mm512_fmadd_ps(high512(x), high512(y), *sum);
@@ -210,10 +233,10 @@ fn dots_bf16<const N: usize>(y: &[Line], x: [&[Line]; N]) -> [f32; 4] {
     // SAFETY: any 64 bytes are a vector of 32 bf16.
     let pairs = |line: &Line| unsafe { std::mem::transmute::<Line, __m512bh>(*line) };
     let mut sums = [_mm512_setzero_ps(); 4];
-    let rows = x.map(|x| &x[..y.len()]);
+    check_rows(y, &x);
     for j in 0..y.len() {
         let y = pairs(&y[j]);
-        for (sum, x) in sums.iter_mut().zip(rows) {
+        for (sum, x) in sums.iter_mut().zip(&x) {
             *sum = _mm512_dpbf16_ps(*sum, pairs(&x[j]), y);
         }
     }
@@ -316,10 +339,10 @@ fn dots_v3<T: Sample, const N: usize>(y: &[Line], x: [&[Line]; N]) -> [f32; 4] {
     // SAFETY: any 64 bytes are two vectors of 8 f32.
     let halves = |line: &Line| unsafe { std::mem::transmute::<Line, [__m256; 2]>(*line) };
     let mut sums = [[_mm256_setzero_ps(); 2]; 4];
-    let rows = x.map(|x| &x[..y.len()]);
+    check_rows(y, &x);
     for j in 0..y.len() {
         let y = halves(&y[j]);
-        for (sum, x) in sums.iter_mut().zip(rows) {
+        for (sum, x) in sums.iter_mut().zip(&x) {
             let x = halves(&x[j]);
             for ((sum, x), y) in sum.iter_mut().zip(x).zip(y) {
                 if T::FORM == Form::Pair {
