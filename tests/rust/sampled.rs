@@ -81,8 +81,9 @@ fn every<P: Position>(n: usize, step: usize) -> Vec<P> {
 
 fn all_sizes<T: Sample>() {
     for tokens in [0, 1, 2, 15, 16, 17, 31, 33, 255, 257, 513, 1030] {
-        for (n_out, n_in, step) in [(1, 1, 1), (16, 16, 3), (7, 40, 1), (33, 17, 5), (130, 131, 97)]
-        {
+        let shapes =
+            [(1, 1, 1), (16, 16, 3), (7, 40, 1), (33, 17, 5), (130, 131, 97), (3, 1100, 2)];
+        for (n_out, n_in, step) in shapes {
             let case = Case::<T>::new(tokens, n_out, n_in);
             let index: Vec<i32> = every(n_out * n_in, step);
             let out = case.run(1, &index);
