@@ -1,0 +1,31 @@
+"""Scores: how much each coordinate matters, as one float32 tensor per parameter.
+
+A score is anything that can be called as ``score(model, eligible, data, loss_fn)`` and returns a
+tensor of the parameter's shape for each name in `eligible` (a mapping of names to
+`retouch.eligible.Candidate`). The classes here can also be added, subtracted, multiplied, divided
+and raised to a power, with each other, with functions and with numbers:
+
+    >>> scores.Gradient() / (scores.Magnitude() + 1e-8) ** 0.5
+
+`register` gives a function or class of yours a name that configs and files may use.
+"""
+
+from retouch.config import register_score as register
+from retouch.config import score_names
+from retouch.scores.base import Combined, Score, as_score
+from retouch.scores.gradients import Fisher, Gradient, GradStat, Sensitivity
+from retouch.scores.weights import Magnitude, Random
+
+__all__ = [
+    "Combined",
+    "Fisher",
+    "GradStat",
+    "Gradient",
+    "Magnitude",
+    "Random",
+    "Score",
+    "Sensitivity",
+    "as_score",
+    "register",
+    "score_names",
+]

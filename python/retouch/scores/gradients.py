@@ -1,0 +1,171 @@
+"""Scores from gradients."""
+
+import warnings
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from retouch import ops
+from retouch.batches import Batches, single_samples, to_device
+from retouch.eligible import own_parameters
+from retouch.errors import HyperparameterError, ScoreError
+from retouch.passes import Eligible, LossFn, gradients, loss_of
+from retouch.scores.base import Score, register
+
+
+@register("gradstat")
+@dataclass(frozen=True)
+class GradStat(Score):
+    """A statistic of gradients: ``post(outer over units(map(gradient of the unit's loss)))``.
+
+    It covers most published gradient scores. What is accumulated in which order matters: per-sample
+    gradients +1 and -1 give 2 by ``Fisher()`` and 0 by the square of their sum.
+
+    While it is computed, each gradient is added to its score and freed before the next exists, so
+    the peak is the scores and one gradient. Sums of more than one backward pass are in float32.
+
+    Attributes:
+        level: A unit is a "sample" (each has its own loss, so the batch size does not matter) or a
+            "batch".
+        map: Of each gradient: "id", "abs" or "square".
+        outer: "sum" or "mean" over the units, or "cumulative": the sum of all running sums, which
+            code computes that never zeroes `.grad`; the first of T units counts T times.
+        post: Of the result: "id", "abs" or "sqrt".
+        training: Score in training mode (dropout, batch statistics) instead of evaluation mode.
+            Buffers are put back.
+
+    Raises:
+        HyperparameterError: A value that is none of these.
+    """
+
+    needs_data: ClassVar[bool] = True
+    level: Literal["sample", "batch"] = "batch"
+    map: Literal["id", "abs", "square"] = "id"
+    outer: Literal["sum", "mean", "cumulative"] = "sum"
+    post: Literal["id", "abs", "sqrt"] = "id"
+    training: bool = False
+
+    def __post_init__(self) -> None:
+        for name, words in (
+            ("level", ("sample", "batch")), ("map", ("id", "abs", "square")),
+            ("outer", ("sum", "mean", "cumulative")), ("post", ("id", "abs", "sqrt")),
+        ):  # fmt: skip
+            if getattr(self, name) not in words:
+                raise HyperparameterError(
+                    f"{type(self).__name__}: {name}={getattr(self, name)!r}; wanted one of "
+                    f"{', '.join(words)}"
+                )
+
+    def __call__(
+        self,
+        model: nn.Module,
+        eligible: Eligible,
+        data: Any = None,
+        loss_fn: LossFn | None = None,
+    ) -> dict[str, Tensor]:
+        """See `Score`.
+
+        Raises:
+            ScoreError: No data, or a loss that is missing, no scalar, NaN or infinite.
+            EngineError: The model is wrapped: its gradients go elsewhere.
+        """
+        if data is None:
+            raise ScoreError(f"the score {self!r} needs data: pass data= (batches with labels)")
+        sums = {
+            name: torch.zeros_like(
+                c.param, dtype=torch.float32, memory_format=torch.contiguous_format
+            )
+            for name, c in eligible.items()
+        }
+        running = {n: torch.zeros_like(t) for n, t in sums.items()} if self._cumulative else sums
+        reached: set[str] = set()
+
+        def take(name: str, gradient: Tensor) -> None:
+            reached.add(name)
+            ops.accumulate_(running[name], gradient, name, map=self.map)
+
+        units = 0
+        with gradients(model, eligible, take, self.training):
+            device = next((p.device for _, p in own_parameters(model)), torch.device("cpu"))
+            for number, batch in enumerate(data if isinstance(data, Batches) else Batches(data)):
+                batch = to_device(batch, device)
+                for unit in single_samples(batch) if self.level == "sample" else (batch,):
+                    loss_of(model, unit, loss_fn, number).backward()
+                    units += 1
+                    if self._cumulative:
+                        for name, total in sums.items():
+                            ops.accumulate_(total, running[name], name)
+        if units == 0:
+            raise ScoreError(
+                "the data hold no batch (an iterator can be read only once: pass a list or a "
+                "DataLoader)"
+            )
+        _report_unreached(sums.keys() - reached)
+        for total in sums.values():
+            if self.outer == "mean":
+                total.div_(units)
+            if self.post == "abs":
+                total.abs_()
+            elif self.post == "sqrt":
+                total.sqrt_()
+        return sums
+
+    @property
+    def _cumulative(self) -> bool:
+        return self.outer == "cumulative"
+
+
+@register("gradient")
+@dataclass(frozen=True)
+class Gradient(GradStat):
+    """|sum of the gradients of the batches|, as in GPS (arXiv 2312.10136)."""
+
+    post: Literal["id", "abs", "sqrt"] = "abs"
+
+
+@register("fisher")
+@dataclass(frozen=True)
+class Fisher(GradStat):
+    """Diagonal of the empirical Fisher information: the sum of squared per-sample gradients.
+
+    FISH Mask (arXiv 2111.09839). ``Fisher(level="batch")`` squares the gradients of batches, which is
+    cheaper and another quantity.
+    """
+
+    level: Literal["sample", "batch"] = "sample"
+    map: Literal["id", "abs", "square"] = "square"
+
+
+@register("sensitivity")
+@dataclass(frozen=True)
+class Sensitivity(GradStat):
+    """|gradient * weight|: the change of the loss if a weight were removed, to first order.
+
+    SNIP (arXiv 1810.02340). The statistic of the gradient is that of `Gradient`.
+    """
+
+    post: Literal["id", "abs", "sqrt"] = "abs"
+
+    def __call__(
+        self,
+        model: nn.Module,
+        eligible: Eligible,
+        data: Any = None,
+        loss_fn: LossFn | None = None,
+    ) -> dict[str, Tensor]:
+        """See `GradStat`."""
+        sums = super().__call__(model, eligible, data, loss_fn)
+        for name, total in sums.items():
+            total.mul_(eligible[name].param.detach().abs().to(total.dtype))
+        return sums
+
+
+def _report_unreached(names: set[str]) -> None:
+    if names:
+        shown = ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
+        warnings.warn(
+            f"no gradient reached {len(names)} of the eligible parameters, whose score is 0: {shown}",
+            stacklevel=3,
+        )
