@@ -1,10 +1,9 @@
 """`SelectConfig`: what to select, as plain data, and the names that it may use.
 
-Scores and recipes register themselves here (`register_score`, `register_preset`), so that a config
+Scores register their names in `retouch.names` and recipes here (`register_preset`), so that a config
 can be checked when it is made and written to JSON without knowing their modules.
 """
 
-import difflib
 import json
 import math
 import os
@@ -12,35 +11,31 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 from retouch.errors import FormatError, HyperparameterError
+from retouch.names import CUSTOM, close_to, name_of_score, score_named, score_names
 
 __all__ = [
     "SelectConfig",
-    "close_to",
-    "name_of_score",
     "preset_names",
     "register_preset",
-    "register_score",
     "resolve",
-    "score_named",
-    "score_names",
 ]
 
 FILE = "retouch_config.json"
 
-Granularity = Literal["element", "row", "column", "tensor", "layer"]
-Scope = Literal["global", "layer", "tensor", "row"]
+Granularity = Literal["element", "row", "column", "block", "tensor", "layer"]
+Scope = Literal["global", "layer", "tensor", "row", "group"]
 Direction = Literal["top", "bottom", "random"]
-Aggregate = Literal["mean", "sum", "l2"]
+Aggregate = Literal["mean", "sum", "l2", "abs_of_mean"]
 State = Literal["masked", "full", "frozen"]
 Kind = Literal[
     "linear", "expert", "conv", "embedding", "output", "head", "norm", "norm_bias", "bias", "other"
 ]
 
 ALL_LINEAR = "all-linear"
-BUDGETS = ("density", "k", "threshold", "k_per_row")
+BUDGETS = ("density", "k", "threshold", "k_per_row", "lora_rank")
 FLAGS = ("heads", "output_embeddings", "embeddings", "norms", "norm_biases", "biases", "convs")
 _WORDS: dict[str, tuple[str, ...]] = {
     "granularity": get_args(Granularity),
@@ -50,71 +45,21 @@ _WORDS: dict[str, tuple[str, ...]] = {
 }
 # Which groups can have a budget of their own: a group holds many units, or there is no choice.
 _SCOPES: dict[str, tuple[str, ...]] = {
-    "element": ("global", "layer", "tensor", "row"),
+    "element": ("global", "layer", "tensor", "row", "group"),
     "row": ("global", "layer", "tensor"),
     "column": ("global", "layer", "tensor"),
+    "block": ("global", "layer", "tensor"),
     "tensor": ("global", "layer"),
     "layer": ("global",),
 }
-CUSTOM = "custom"  # in the place of a function, which cannot be written down
 
-_scores: dict[str, Callable[..., Any]] = {}
-_not_alone: set[str] = set()  # names of scores that need arguments
 _presets: dict[str, dict[str, Any]] = {}
-Registered = TypeVar("Registered", bound=Callable[..., Any])
-
-
-def close_to(word: str, words: Iterable[str]) -> str:
-    """A hint for a misspelt word: ``; did you mean 'fisher'?``, or nothing."""
-    near = difflib.get_close_matches(word, list(words), n=3, cutoff=0.6)
-    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
-
-
-def register_score(name: str, *, alone: bool = True) -> Callable[[Registered], Registered]:
-    """Gives a score a name that configs, files and the command line may use.
-
-    Args:
-        name: The name.
-        alone: Whether the name is enough; else it is for dicts of name and arguments.
-
-    Returns:
-        A decorator for a `Score` class, or for a function
-        ``(model, eligible, data, loss_fn) -> {name: tensor}``.
-
-    Raises:
-        HyperparameterError: The name is taken by another score.
-    """
-
-    def register(score: Registered) -> Registered:
-        if _scores.get(name, score) is not score:
-            raise HyperparameterError(f"the score name {name!r} is taken by {_scores[name]!r}")
-        _scores[name] = score
-        if not alone:
-            _not_alone.add(name)
-        return score
-
-    return register
 
 
 def register_preset(name: str, **values: Any) -> None:
     """Gives a set of config fields a name that `resolve` knows."""
     SelectConfig(**values)  # a mistake shows here
     _presets[name] = values
-
-
-def score_names() -> list[str]:
-    """The names that stand for a score."""
-    return sorted(_scores.keys() - _not_alone)
-
-
-def name_of_score(score: Any) -> str | None:
-    """The name that a class or function is registered under."""
-    return next((name for name, entry in _scores.items() if entry is score), None)
-
-
-def score_named(name: str) -> Callable[..., Any] | None:
-    """What is registered under the name of a score."""
-    return _scores.get(name)
 
 
 def preset_names() -> list[str]:
@@ -133,7 +78,8 @@ class SelectConfig:
     A budget counts units of the `granularity`, over all parameters that compete (state
     ``"masked"``): ``density=0.01, granularity="row"`` selects one row in a hundred. The number is
     ``floor(density * units)``, with the decimal digits of the density taken as they are written.
-    Exactly one of `density`, `k`, `threshold` and `k_per_row` is needed, unless nothing competes.
+    Exactly one of `density`, `k`, `threshold`, `k_per_row` and `lora_rank` is needed, unless nothing
+    competes.
 
     Row = output feature and column = input feature, in whatever order a module stores them.
 
@@ -154,19 +100,37 @@ class SelectConfig:
         "Select all scores >= this (direction 'top') or <= this ('bottom')."
     )
     k_per_row: int | None = _help("How many elements to select in each row; sets scope='row'.")
+    lora_rank: int | None = _help(
+        "As many elements in each tensor as a LoRA of this rank has: rank * (rows + columns), at "
+        "most all; sets scope='tensor'."
+    )
+    allocation: float | None = _help(
+        "With k_per_row, which then is the least: of the best elements of all together, this "
+        "fraction, each tensor has its hits; its rows get k_per_row * hits / the fewest hits, "
+        "rounded, at most all."
+    )
     granularity: Granularity = _help(
         "The unit that is selected whole: element, row (output feature), column (input feature), "
-        "tensor or layer.",
+        "block (a square of a matrix), tensor or layer.",
         "element",
     )
+    block_size: int | None = _help(
+        "Rows and columns of a block; those at the edges of a matrix may be smaller."
+    )
     scope: Scope = _help(
-        "Where the budget holds: over all parameters together, or in each layer, tensor or row. A "
-        "parameter outside of any layer counts as a layer.",
+        "Where the budget holds: over all parameters together, or in each layer, tensor, row or "
+        "group of a row. A parameter outside of any layer counts as a layer.",
         "global",
+    )
+    group_size: int | None = _help(
+        "How many consecutive elements of a row are a group: k=2, scope='group', group_size=4 "
+        "selects 2 of every 4."
     )
     direction: Direction = _help("Take the top or the bottom scores, or any at random.", "top")
     aggregate: Aggregate = _help(
-        "How the scores of elements make the score of a larger unit: mean, sum or l2 norm.", "mean"
+        "How the scores of elements make the score of a larger unit: mean, sum, l2 norm, or "
+        "abs_of_mean, the magnitude of the mean of signed scores.",
+        "mean",
     )
     target_modules: list[str] | str | None = _help(
         "What competes for the budget. 'all-linear': all linear weights (also Conv1D and fused "
@@ -222,7 +186,9 @@ class SelectConfig:
             object.__setattr__(self, name, _names(name, getattr(self, name)))
         if self.target_modules == "all":
             object.__setattr__(self, "target_modules", None)
-        for name in ("k", "k_per_row", "samples", "max_batches"):
+        for name in (
+            "k", "k_per_row", "lora_rank", "block_size", "group_size", "samples", "max_batches",
+        ):  # fmt: skip
             _check_int(name, getattr(self, name), 1)
         _check_int("seed", self.seed, 0)
         if self.layers is not None:
@@ -248,21 +214,41 @@ class SelectConfig:
         if len(given) > 1 or (not given and self.anything_competes()):
             got = " and ".join(given) if given else "none"
             raise self._wrong(f"give exactly one of {', '.join(BUDGETS)}; got {got}")
-        for name in ("density", "threshold"):
+        for name in ("density", "threshold", "allocation"):
             value = getattr(self, name)
             if value is None:
                 continue
             if isinstance(value, bool) or not hasattr(value, "__float__"):
                 raise self._wrong(f"{name}={value!r}; wanted a number")
             object.__setattr__(self, name, float(value))
-        if self.density is not None and not 0 < self.density <= 1:
-            raise self._wrong(f"density={self.density!r}; wanted a fraction in (0, 1]")
+        for name in ("density", "allocation"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise self._wrong(f"{name}={value!r}; wanted a fraction in (0, 1]")
         if self.threshold is not None and math.isnan(self.threshold):
             raise self._wrong("threshold is NaN")
         if self.k_per_row is not None:
             if self.scope not in ("global", "row"):
                 raise self._wrong(f"k_per_row is a budget in each row, so scope={self.scope!r}")
             object.__setattr__(self, "scope", "row")
+        if self.lora_rank is not None:
+            if self.scope not in ("global", "tensor") or self.granularity != "element":
+                raise self._wrong(
+                    "lora_rank is a budget of elements in each tensor, so "
+                    f"granularity={self.granularity!r} with scope={self.scope!r}"
+                )
+            object.__setattr__(self, "scope", "tensor")
+        for size, needs in (
+            ("block_size", self.granularity == "block"), ("group_size", self.scope == "group"),
+        ):  # fmt: skip
+            if needs != (getattr(self, size) is not None):
+                raise self._wrong(
+                    f"{size}={getattr(self, size)} with granularity={self.granularity!r} and "
+                    f"scope={self.scope!r}; block_size is for granularity='block', group_size for "
+                    "scope='group'"
+                )
+        if self.allocation is not None and (self.k_per_row is None or self.direction == "random"):
+            raise self._wrong("allocation needs k_per_row, and a direction other than random")
         if self.scope not in _SCOPES[self.granularity]:
             raise self._wrong(
                 f"granularity={self.granularity!r} with scope={self.scope!r}; wanted a scope of "
@@ -444,14 +430,16 @@ def _decoded(score: Any) -> Any:
     if isinstance(score, dict):
         given = dict(score)
         name = given.pop("name", None)
-        _check_score_name(name, _scores)
+        make = score_named(name)
+        if make is None:
+            raise _unknown_score(name)
         try:
-            return _scores[name](**{key: _decoded_part(value) for key, value in given.items()})
+            return make(**{key: _decoded_part(value) for key, value in given.items()})
         except TypeError as error:
             raise HyperparameterError(f"SelectConfig: score={score!r}: {error}") from error
     if isinstance(score, str):
-        if score != CUSTOM:
-            _check_score_name(score, score_names())
+        if score != CUSTOM and score not in score_names():
+            raise _unknown_score(score)
     elif score is not None and not callable(score):
         raise HyperparameterError(
             f"SelectConfig: score={score!r}; wanted a name, a score or a function"
@@ -463,12 +451,11 @@ def _decoded_part(value: Any) -> Any:
     return _decoded(value) if isinstance(value, dict) else value
 
 
-def _check_score_name(name: Any, known: Collection[str]) -> None:
-    if name not in known:
-        raise HyperparameterError(
-            f"SelectConfig: no score is named {name!r}{close_to(str(name), known)}; "
-            f"scores: {', '.join(score_names())}"
-        )
+def _unknown_score(name: Any) -> HyperparameterError:
+    return HyperparameterError(
+        f"SelectConfig: no score is named {name!r}{close_to(str(name), score_names())}; "
+        f"scores: {', '.join(score_names())}"
+    )
 
 
 def _download(source: str, subfolder: str | None, hub: dict[str, Any]) -> Path:

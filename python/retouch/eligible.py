@@ -7,6 +7,7 @@ features: `Candidate.row_dims`.
 """
 
 import difflib
+import math
 import re
 import warnings
 from collections import Counter
@@ -21,7 +22,15 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from retouch.config import ALL_LINEAR, Kind, SelectConfig, State
 from retouch.errors import HyperparameterError, MaskError
 
-__all__ = ["Candidate", "as_units", "candidates", "from_units", "own_parameters"]
+__all__ = [
+    "Candidate",
+    "as_matrices",
+    "as_units",
+    "candidates",
+    "from_matrices",
+    "from_units",
+    "own_parameters",
+]
 
 PLACE = "_retouch"  # the module in which an engine keeps its compact values
 
@@ -71,6 +80,22 @@ class Candidate:
     def shape(self) -> tuple[int, ...]:
         """Shape as stored."""
         return tuple(self.param.shape)
+
+    @property
+    def matrix(self) -> tuple[int, int, int]:
+        """How many matrices it holds (one per expert, else one), their rows and their columns.
+
+        Raises:
+            HyperparameterError: It holds none, as biases and norms do.
+        """
+        if self.column_dims is None:
+            raise HyperparameterError(
+                f"{self.name} of shape {self.shape} is no matrix: train biases and norms whole or "
+                "not at all (biases='full' or 'frozen')"
+            )
+        rows = math.prod(self.shape[d] for d in self.row_dims)
+        count = math.prod(self.shape[d] for d in self.row_dims if d in self.column_dims)
+        return count, rows // max(count, 1), self.numel // max(rows, 1)
 
 
 def own_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -147,6 +172,19 @@ def from_units(positions: Tensor, shape: tuple[int, ...], dims: tuple[int, ...])
         flat += rest % shape[d] * strides[d]
         rest = rest // shape[d]
     return flat.sort().values.to(positions.dtype)
+
+
+def as_matrices(tensor: Tensor, candidate: Candidate) -> Tensor:
+    """A tensor of a parameter's shape as [matrices, rows, columns], contiguous; see `matrix`."""
+    return as_units(tensor, candidate.row_dims).reshape(candidate.matrix)
+
+
+def from_matrices(matrices: Tensor, candidate: Candidate) -> Tensor:
+    """The tensor of a parameter's shape that `as_matrices` makes these of."""
+    shape, first = candidate.shape, candidate.row_dims
+    order = [*first, *(d for d in range(len(shape)) if d not in first)]
+    moved = matrices.reshape([shape[d] for d in order])
+    return moved.permute([order.index(d) for d in range(len(shape))]).contiguous()
 
 
 # --- kinds -------------------------------------------------------------------------------------------

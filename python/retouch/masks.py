@@ -12,10 +12,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from retouch import maskfile, maskview
-from retouch.config import close_to
 from retouch.eligible import own_parameters
 from retouch.errors import MaskError
 from retouch.maskfile import Layout
+from retouch.names import close_to
 from retouch.selection import Selection
 
 __all__ = ["Mask", "Overlap", "Selection", "own_parameters"]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from retouch.eligible import PLACE, Candidate, own_parameters
 from retouch.errors import EngineError, ScoreError
 
-__all__ = ["Eligible", "LossFn", "gradients", "loss_of", "undisturbed"]
+__all__ = ["Eligible", "LossFn", "gradients", "kept", "loss_of", "outputs_of", "undisturbed"]
 
 Eligible: TypeAlias = Mapping[str, Candidate]
 LossFn: TypeAlias = Callable[[nn.Module, Any], Tensor]
@@ -61,7 +61,7 @@ def gradients(
                 take(name, gradient.to_dense() if gradient.is_sparse else gradient)
 
     handles = []
-    with _kept(model), undisturbed(model), torch.inference_mode(False), torch.enable_grad():
+    with kept(model), undisturbed(model), torch.inference_mode(False), torch.enable_grad():
         try:
             for _, param in own_parameters(model):
                 param.requires_grad_(False)
@@ -79,7 +79,7 @@ def gradients(
 
 
 @contextlib.contextmanager
-def _kept(model: nn.Module) -> Iterator[None]:
+def kept(model: nn.Module) -> Iterator[None]:
     """Puts gradients, `requires_grad`, modes and buffers of a model back on exit."""
     params = [(p, p.requires_grad, p.grad) for _, p in own_parameters(model)]
     modes = [(m, m.training) for m in model.modules()]
@@ -106,16 +106,20 @@ def _kept(model: nn.Module) -> Iterator[None]:
             param.grad = grad
 
 
+def outputs_of(model: nn.Module, batch: Any) -> Any:
+    """What a model makes of a batch."""
+    if hasattr(batch, "items"):
+        return model(**batch)
+    return model(batch) if isinstance(batch, Tensor) else model(*batch)
+
+
 def loss_of(model: nn.Module, batch: Any, loss_fn: LossFn | None, number: int) -> Tensor:
     """The loss of a batch, checked."""
     loss: Any
     if loss_fn is not None:
         loss = loss_fn(model, batch)
     else:
-        if hasattr(batch, "items"):
-            loss = model(**batch)
-        else:
-            loss = model(batch) if isinstance(batch, Tensor) else model(*batch)
+        loss = outputs_of(model, batch)
         if not isinstance(loss, Tensor):
             loss = loss.get("loss") if isinstance(loss, Mapping) else getattr(loss, "loss", None)
     where = "loss_fn(model, batch)" if loss_fn is not None else f"{type(model).__name__}(batch)"

@@ -1,7 +1,7 @@
 """`select`: from a score and a budget to a mask.
 
-What competes is cut into parts, each a vector of scores of units (elements, rows, columns, tensors
-or layers); parts that share a budget are ranked together by the exact top-k of `retouch.ops`, with
+What competes is cut into parts, each a vector of scores of units (elements, rows, columns, blocks,
+tensors or layers); parts that share a budget are ranked together by the exact top-k of `retouch.ops`, with
 ties to the lowest (part, position); the chosen units become selections.
 """
 
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from retouch import ops
 from retouch.batches import Batches
-from retouch.config import SelectConfig, resolve
-from retouch.eligible import Candidate, as_units, candidates, from_units
+from retouch.config import BUDGETS, SelectConfig, resolve
+from retouch.eligible import Candidate, as_matrices, as_units, candidates, from_units
 from retouch.errors import BudgetError, HyperparameterError
 from retouch.masks import Mask
 from retouch.passes import LossFn, undisturbed
@@ -131,7 +131,7 @@ def _choose(
             data = Batches(data, samples=config.samples, max_batches=config.max_batches)
         with undisturbed(model, config.seed):
             scores = score(model, masked, data, loss_fn)
-    if config.scope == "row":
+    if config.scope in ("row", "group"):
         return _choose_in_rows(config, masked, scores, absolute)
     parts = _parts(config, masked, scores)
     largest = config.direction != "bottom"
@@ -142,7 +142,10 @@ def _choose(
     chosen: dict[str, Selection] = {}
     for group in dict.fromkeys(p.group for p in parts):
         members = [p for p in parts if p.group == group]
-        k = _number(config, sum(p.units for p in members), group, full)
+        if config.lora_rank is not None:
+            k = _size_of_lora(masked[group], config.lora_rank)
+        else:
+            k = _number(config, sum(p.units for p in members), group, full)
         picked = ops.topk(
             [p.values for p in members], [p.name for p in members], k,
             largest=largest, absolute=absolute,
@@ -192,6 +195,8 @@ def _part(config: SelectConfig, candidate: Candidate, score: Tensor | None) -> _
             name, group, score, candidate.numel,
             lambda index: {name: _plain(Selection("elements", shape, index))},
         )  # fmt: skip
+    if config.granularity == "block":
+        return _block_part(config, candidate, group, score)
     dims: tuple[int, ...] = ()  # the tensor is one unit
     if config.granularity != "tensor":
         dims = candidate.row_dims if config.granularity == "row" else candidate.column_dims or ()
@@ -203,6 +208,40 @@ def _part(config: SelectConfig, candidate: Candidate, score: Tensor | None) -> _
     return _Part(
         name, group, values, units, lambda index: {name: _units_selection(index, shape, dims)}
     )
+
+
+def _block_part(
+    config: SelectConfig, candidate: Candidate, group: str, score: Tensor | None
+) -> _Part:
+    name, shape = candidate.name, candidate.shape
+    size = config.block_size or 1
+    count, rows, columns = candidate.matrix
+    down, across = -(-rows // size), -(-columns // size)
+    units = count * down * across
+    if score is None:
+        values = ops.uniform((units,), config.seed, name, "cpu")
+    else:
+        edge = (0, across * size - columns, 0, down * size - rows)
+        grid = nn.functional.pad(as_matrices(score, candidate), edge)
+        grid = grid.reshape(count, down, size, across, size).transpose(2, 3)
+        heights = torch.full((down,), size).clamp(max=rows - size * torch.arange(down))
+        widths = torch.full((across,), size).clamp(max=columns - size * torch.arange(across))
+        sizes = (heights[:, None] * widths).flatten().repeat(count).to(score.device)
+        sums = _sums(grid.reshape(units, size * size), config.aggregate)
+        values = _finished(sums, sizes, config.aggregate)
+
+    def selections(index: Tensor) -> dict[str, Selection]:
+        if index.numel() in (0, units):
+            return {name: Selection("all" if index.numel() else "none", shape)}
+        index = index.cpu().to(torch.int64)[:, None, None]
+        row = index // across % down * size + torch.arange(size)[:, None]
+        column = index % across * size + torch.arange(size)
+        matrix = index // (across * down)
+        flat = ((matrix * rows + row) * columns + column)[(row < rows) & (column < columns)]
+        where = from_units(flat.sort().values, shape, candidate.row_dims)
+        return {name: Selection("elements", shape, where)}
+
+    return _Part(name, group, values, units, selections)
 
 
 def _layer_part(
@@ -272,9 +311,11 @@ def _sums(units: Tensor, aggregate: str) -> Tensor:
     return wide.sum(1, dtype=torch.float64)
 
 
-def _finished(sums: Tensor, count: int, aggregate: str) -> Tensor:
-    if aggregate == "mean":
-        sums = sums / max(count, 1)
+def _finished(sums: Tensor, count: int | Tensor, aggregate: str) -> Tensor:
+    if aggregate in ("mean", "abs_of_mean"):
+        sums = sums / (count if isinstance(count, Tensor) else max(count, 1))
+    if aggregate == "abs_of_mean":
+        sums = sums.abs()
     elif aggregate == "l2":
         sums = sums.sqrt()
     return sums.to(torch.float32)
@@ -290,6 +331,7 @@ def _choose_in_rows(
     absolute: bool,
 ) -> dict[str, Selection]:
     chosen = {}
+    quotas = _allocated(config, masked, scores, absolute) if config.allocation is not None else {}
     for name, c in masked.items():
         score = scores.get(name)
         if score is None:
@@ -297,13 +339,17 @@ def _choose_in_rows(
         rows = as_units(score, c.row_dims)
         if not rows.numel():
             continue
+        if config.group_size is not None:
+            rows = _groups(rows, config.group_size, name)
         k = config.k_per_row if config.k_per_row is not None else config.k
         if k is None:
             k = _floor(config.density, rows.shape[1])
         if k > rows.shape[1]:
             raise BudgetError(
-                f"cannot select {k} in each row of {name}, whose rows have {rows.shape[1]} elements"
+                f"cannot select {k} in each {config.scope} of {name}, whose {config.scope}s have "
+                f"{rows.shape[1]} elements"
             )
+        k = min(quotas.get(name, k), rows.shape[1])
         index = ops.topk_rows(
             rows, name, k, largest=config.direction != "bottom", absolute=absolute
         )
@@ -313,12 +359,46 @@ def _choose_in_rows(
     return chosen
 
 
+def _groups(rows: Tensor, size: int, name: str) -> Tensor:
+    """Rows cut into groups of consecutive elements."""
+    if rows.shape[1] % size:
+        raise HyperparameterError(
+            f"the rows of {name} have {rows.shape[1]} elements, which cannot be cut into groups of "
+            f"{size}: use another group_size, or leave it out (exclude_modules)"
+        )
+    return rows.reshape(-1, size)
+
+
+def _allocated(
+    config: SelectConfig,
+    masked: Mapping[str, Candidate],
+    scores: Mapping[str, Tensor],
+    absolute: bool,
+) -> dict[str, int]:
+    """How many to select in each row of a tensor, by its hits in a selection over all tensors."""
+    total = _floor(config.allocation, sum(c.numel for c in masked.values()))
+    picked = ops.topk(
+        [scores[n] for n in masked], list(masked), total,
+        largest=config.direction != "bottom", absolute=absolute,
+    )  # fmt: skip
+    hits = {name: index.numel() for name, index in zip(masked, picked, strict=True)}
+    fewest = min((n for n in hits.values() if n), default=1)
+    least = config.k_per_row or 1
+    # rounded half up, in whole numbers
+    return {name: max(least, (2 * least * n + fewest) // (2 * fewest)) for name, n in hits.items()}
+
+
 # --- budgets ---------------------------------------------------------------------------------------------
 
 
 def _floor(density: float | None, units: int) -> int:
     """floor(density * units) with the decimal digits of the density."""
     return math.floor(Fraction(str(density)) * units)
+
+
+def _size_of_lora(candidate: Candidate, rank: int) -> int:
+    count, rows, columns = candidate.matrix
+    return min(count * rank * (rows + columns), candidate.numel)
 
 
 def _number(config: SelectConfig, units: int, group: str, full: Mapping[str, Candidate]) -> int:
@@ -341,7 +421,7 @@ def _number(config: SelectConfig, units: int, group: str, full: Mapping[str, Can
 
 
 def _budget(config: SelectConfig) -> str:
-    for name in ("density", "k", "threshold", "k_per_row"):
+    for name in BUDGETS:
         if getattr(config, name) is not None:
             return f"{name}={getattr(config, name)}"
     return "no budget"

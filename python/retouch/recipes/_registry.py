@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from retouch.config import close_to, register_preset
+from retouch.config import register_preset
 from retouch.errors import HyperparameterError
+from retouch.names import close_to
 
 _rows: dict[str, "Recipe"] = {}
 

@@ -10,21 +10,37 @@ and raised to a power, with each other, with functions and with numbers:
 `register` gives a function or class of yours a name that configs and files may use.
 """
 
-from retouch.config import register_score as register
-from retouch.config import score_names
+from retouch.names import register_score as register
+from retouch.names import score_names
+from retouch.scores.activations import Activation, Wanda
 from retouch.scores.base import Combined, Score, as_score
 from retouch.scores.gradients import Fisher, Gradient, GradStat, Sensitivity
-from retouch.scores.weights import Magnitude, Random
+from retouch.scores.weights import (
+    ConditionNumber,
+    Constant,
+    Difference,
+    LowRankMagnitude,
+    Magnitude,
+    Random,
+    Stripes,
+)
 
 __all__ = [
+    "Activation",
     "Combined",
+    "ConditionNumber",
+    "Constant",
+    "Difference",
     "Fisher",
     "GradStat",
     "Gradient",
+    "LowRankMagnitude",
     "Magnitude",
     "Random",
     "Score",
     "Sensitivity",
+    "Stripes",
+    "Wanda",
     "as_score",
     "register",
     "score_names",

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from retouch.config import CUSTOM, name_of_score, score_named
-from retouch.config import register_score as register
 from retouch.errors import HyperparameterError, ScoreError
+from retouch.names import CUSTOM, name_of_score, score_named
+from retouch.names import register_score as register
 from retouch.passes import Eligible, LossFn
 
 _OPERATIONS: dict[str, Callable[[Any, Any], Any]] = {

@@ -11,8 +11,9 @@ from retouch import ops
 from retouch.batches import Batches, single_samples, to_device
 from retouch.eligible import own_parameters
 from retouch.errors import HyperparameterError, ScoreError
+from retouch.names import register_score as register
 from retouch.passes import Eligible, LossFn, gradients, loss_of
-from retouch.scores.base import Score, register
+from retouch.scores.base import Score
 
 
 @register("gradstat")
