@@ -233,25 +233,35 @@ def verify(
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Show one recipe in full")] = None,
     as_json: Json = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="As the table of the README")
+    ] = False,
 ) -> None:
     """List the published methods that `retouch.select` knows."""
     from dataclasses import asdict
 
     from retouch import recipes as registry
 
+    if markdown:
+        print(registry.markdown())
+        return
     if name is None and not as_json:
-        rows = [[r.id, r.title, r.arxiv or "-", r.variant] for r in registry.list()]
-        _table("recipes", ["id", "method", "arXiv", "variant"], rows)
+        rows = [[r.id, r.title, r.arxiv or "-", r.scores, r.budget] for r in registry.list()]
+        _table("recipes", ["id", "method", "arXiv", "scores", "budget"], rows)
         return
     found = registry.list() if name is None else (registry.info(name),)
     if as_json:
         print(json.dumps([asdict(r) for r in found], indent=1, sort_keys=True, default=str))
         return
-    recipe = found[0]
-    print(f"{recipe.title}: {recipe.paper} (arXiv:{recipe.arxiv}), variant {recipe.variant}")
-    for field, value in recipe.config.items():
-        print(f"  {field} = {value}")
-    print(f"cost: {recipe.cost}\n{recipe.notes}\n\n{registry.bibtex(recipe.id)}")
+    row = found[0]
+    print(row.title + (f": {row.paper} (arXiv:{row.arxiv})" if row.paper else ""))
+    for field in ("scores", "where", "budget", "when", "cost", "variant", "source", "warning"):
+        if text := getattr(row, field):
+            print(f"{field}: {text}")
+    print(f"\n{row.notes}\n\nSelectConfig(")
+    for field, value in row.config.items():
+        print(f"    {field}={value!r},")
+    print(f")\n\n{registry.bibtex(row.id)}".rstrip())
 
 
 @app.command()

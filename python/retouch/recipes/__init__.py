@@ -1,4 +1,4 @@
-"""Published methods, each as a set of config fields: `list`, `info`, `bibtex`.
+"""Published methods, each as a set of config fields: `list`, `info`, `bibtex`, `markdown`.
 
     >>> retouch.recipes.info("fish").paper
     'Training Neural Networks with Fixed Sparse Masks'
@@ -7,11 +7,22 @@
 A recipe holds declarations only; whatever it computes is a score or a selector of this package.
 """
 
-from retouch import scores as _scores  # noqa: F401  (recipes use the names that it registers)
-from retouch.recipes import gradients, plain
-from retouch.recipes._registry import Recipe, bibtex, info, rows
+from retouch.recipes import gradients, inputs, plain, references, shira, weights
+from retouch.recipes._registry import Recipe, bibtex, info, markdown, rows
 
-__all__ = ["Recipe", "bibtex", "gradients", "info", "list", "plain"]
+__all__ = [
+    "Recipe",
+    "bibtex",
+    "gradients",
+    "info",
+    "inputs",
+    "list",
+    "markdown",
+    "plain",
+    "references",
+    "shira",
+    "weights",
+]
 
 
 def list() -> tuple[Recipe, ...]:

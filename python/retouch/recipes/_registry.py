@@ -3,11 +3,17 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from retouch.config import register_preset
+from retouch.config import BUDGETS, SelectConfig, register_preset
 from retouch.errors import HyperparameterError
 from retouch.names import close_to
+from retouch.recipes._modules import WORDS
 
 _rows: dict[str, "Recipe"] = {}
+
+_STATES = {
+    "heads": "heads", "output_embeddings": "output embedding", "embeddings": "embeddings",
+    "norms": "norms", "norm_biases": "biases of norms", "biases": "biases", "convs": "convolutions",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -18,11 +24,15 @@ class Recipe:
         id: Its name for `retouch.select`.
         title: Name of the method.
         config: The fields of `SelectConfig` that make it.
+        scores: What ranks the weights, in words.
         cost: What choosing costs.
         notes: What to know before use: what differs from the source, for which models it is.
+        source: What it was written from.
+        warning: What of it is uncertain, "" where our source is sure.
+        when: When the mask is chosen.
         variant: "paper", or "released" where the authors' code differs and is followed.
         paper: Title of the paper, "" where there is none.
-        authors: Of the paper.
+        authors: Of the paper, "" where we have no sure source for them.
         year: Of the paper.
         arxiv: Its number at arXiv.
     """
@@ -30,8 +40,12 @@ class Recipe:
     id: str
     title: str
     config: dict[str, Any] = field(repr=False)
+    scores: str
     cost: str
     notes: str
+    source: str
+    warning: str = ""
+    when: str = "once, before training"
     variant: str = ""
     paper: str = ""
     authors: str = ""
@@ -43,6 +57,37 @@ class Recipe:
             raise HyperparameterError(f"two recipes are named {self.id!r}")
         register_preset(self.id, **self.config)
         _rows[self.id] = self
+
+    @property
+    def where(self) -> str:
+        """What competes, in which units, what is trained whole or left out; from the config."""
+        config = SelectConfig(**self.config)
+
+        def named(state: str, *modules: Any) -> str:
+            kinds = [words for name, words in _STATES.items() if getattr(config, name) == state]
+            return ", ".join([WORDS.get(m, str(m)) for m in modules if m != []] + kinds)
+
+        text = []
+        if config.anything_competes():
+            first = f"{config.granularity}s of {named('masked', config.target_modules or 'all')}"
+            text.append(first + (f", in each {config.scope}" * (config.scope != "global")))
+        if whole := named("full", config.modules_to_save or []):
+            text.append(f"whole: {whole}")
+        if left_out := named("frozen", config.exclude_modules or []):
+            text.append(f"not: {left_out}")
+        return "; ".join(text)
+
+    @property
+    def budget(self) -> str:
+        """The default budget; from the config."""
+        config = SelectConfig(**self.config)
+        for name in BUDGETS:
+            value = getattr(config, name)
+            if value is not None:
+                ends = f" {config.direction}" if config.direction == "bottom" else ""
+                counted = ", all counted" if config.counted_in_budget is True else ""
+                return f"{name}={value:g}{ends}{counted}"
+        return "all of them"
 
 
 def rows() -> tuple[Recipe, ...]:
@@ -73,12 +118,22 @@ def bibtex(name: str) -> str:
     row = info(name)
     if not row.paper:
         return ""
-    return (
-        f"@misc{{{row.id},\n"
-        f"  title = {{{row.paper}}},\n"
-        f"  author = {{{row.authors}}},\n"
-        f"  year = {{{row.year}}},\n"
-        f"  eprint = {{{row.arxiv}}},\n"
-        "  archivePrefix = {arXiv},\n"
-        "}"
-    )
+    fields = {
+        "title": row.paper,
+        "author": row.authors,
+        "year": row.year,
+        "eprint": row.arxiv,
+        "archivePrefix": "arXiv",
+    }
+    lines = [f"  {key} = {{{value}}}," for key, value in fields.items() if value]
+    return "\n".join([f"@misc{{{row.id},", *lines, "}"])
+
+
+def markdown() -> str:
+    """All recipes as a table."""
+    lines = ["| recipe | method | arXiv | scores | where | budget |", "|---|---|---|---|---|---|"]
+    for row in rows():
+        paper = f"[{row.arxiv}](https://arxiv.org/abs/{row.arxiv})" if row.arxiv else ""
+        cells = (f"`{row.id}`", row.title, paper, row.scores, row.where, row.budget)
+        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    return "\n".join(lines)

@@ -1,5 +1,6 @@
-"""Selections that need no data."""
+"""Selections by kind or by chance: no scores, no data."""
 
+from retouch.recipes._modules import EVERYTHING, LAST_OF_MLP, LAYERS_9_TO_14
 from retouch.recipes._registry import Recipe
 
 Recipe(
@@ -12,11 +13,13 @@ Recipe(
         "heads": "full",
         "output_embeddings": "frozen",
     },
+    scores="nothing",
     cost="none",
     notes=(
         "All bias terms, those of normalisation layers too, and the task head. Llama and its like "
         "have no biases, so it is not for them."
     ),
+    source="the paper, and parts of its code",
     variant="paper",
     paper=(
         "BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked "
@@ -28,15 +31,80 @@ Recipe(
 )
 
 Recipe(
+    id="ln-tuning",
+    title="LN-tuning",
+    config={
+        "target_modules": [],
+        "norms": "full",
+        "heads": "full",
+        "output_embeddings": "frozen",
+    },
+    scores="nothing",
+    cost="none",
+    notes="Gains and biases of all normalisation layers, and the task head.",
+    source="the abstract",
+    warning="How the paper treats the task head we have not read.",
+    variant="paper",
+    paper="Parameter-Efficient Tuning on Layer Normalization for Pre-trained Language Models",
+    year=2022,
+    arxiv="2211.08682",
+)
+
+Recipe(
+    id="perp",
+    title="PERP, biases and norms",
+    config={"target_modules": [], "biases": "full", "norms": "full"},
+    scores="nothing",
+    cost="none",
+    notes=(
+        "For retraining after pruning: weights that were pruned stay 0 because all linear weights "
+        "are frozen. The groups of the paper that need no adapter; it also has LoRA for the linear "
+        "layers and the head, which are frozen here."
+    ),
+    source="the released code",
+    variant="released",
+    paper="PERP: Rethinking the Prune-Retrain Paradigm in the Era of LLMs",
+    year=2023,
+    arxiv="2312.15230",
+)
+
+Recipe(
+    id="sppft",
+    title="SPPFT, safety layers",
+    config={
+        "target_modules": [],
+        "modules_to_save": EVERYTHING,
+        "exclude_modules": LAYERS_9_TO_14,
+    },
+    scores="nothing",
+    cost="none",
+    notes=(
+        "Everything is trained but the layers that keep a chat model safe. The range is that of "
+        "Llama-2-7b-chat; for any other model find its own and pass exclude_modules. The paper "
+        "finds it from hidden states and over-rejection, which is not in retouch. Nearly the whole "
+        "model is selected, so nothing is saved in memory."
+    ),
+    source="a reproduction and reviews",
+    warning="The range, and whether it counts layers from 0, are from third parties.",
+    variant="paper",
+    paper="Safety Layers in Aligned Large Language Models: The Key to LLM Security",
+    year=2024,
+    arxiv="2408.17003",
+)
+
+Recipe(
     id="random",
     title="Random masking",
     config={"direction": "random", "density": 0.01},
+    scores="chance",
     cost="none",
     notes=(
         "Uniform over all linear weights; depends on the seed and the names of the parameters "
         "alone, so it is the same on every machine. The paper goes down to a density of 0.00001 and "
-        "raises the learning rate up to a hundredfold for it. Our source for its details is thin."
+        "raises the learning rate up to a hundredfold for it."
     ),
+    source="notes on the paper",
+    warning="Our source for its details is thin; the paper draws each weight on its own.",
     variant="paper",
     paper="Random Masking Finds Winning Tickets for Parameter Efficient Fine-tuning",
     authors="Xu, Jing and Zhang, Jingzhao",
@@ -45,9 +113,53 @@ Recipe(
 )
 
 Recipe(
-    id="magnitude",
-    title="Largest weights",
-    config={"score": "magnitude", "density": 0.01},
-    cost="one pass over the weights",
-    notes="A baseline: the largest of all linear weights; direction='bottom' takes the smallest.",
+    id="s2ft",
+    title="S2FT, down projections",
+    config={
+        "direction": "random",
+        "granularity": "column",
+        "density": 0.03,
+        "target_modules": LAST_OF_MLP,
+    },
+    scores="chance",
+    cost="none",
+    notes=(
+        "Channels of the MLPs, drawn over all layers together; of each the column of the down "
+        "projection moves. The paper sorts the channels of a model so that the chosen ones are "
+        "contiguous, which a mask does not need; it can also train attention heads, and choose by "
+        "statistics. 0.06 for small models."
+    ),
+    source="the released code",
+    variant="released",
+    paper=("S2FT: Efficient, Scalable and Generalizable LLM Fine-tuning by Structured Sparsity"),
+    year=2024,
+    arxiv="2412.06289",
+)
+
+Recipe(
+    id="rocoft-row",
+    title="RoCoFT, rows",
+    config={"score": "constant", "granularity": "row", "scope": "tensor", "k": 1},
+    scores="nothing: the first",
+    cost="none",
+    notes="The first rows (output features) of each linear layer, k from 1 to 3.",
+    source="the released code",
+    variant="released",
+    paper="RoCoFT: Efficient Finetuning of Large Language Models with Row-Column Updates",
+    year=2024,
+    arxiv="2410.10075",
+)
+
+Recipe(
+    id="rocoft-column",
+    title="RoCoFT, columns",
+    config={"score": "constant", "granularity": "column", "scope": "tensor", "k": 1},
+    scores="nothing: the first",
+    cost="none",
+    notes="The first columns (input features) of each linear layer, k from 1 to 3.",
+    source="the released code",
+    variant="released",
+    paper="RoCoFT: Efficient Finetuning of Large Language Models with Row-Column Updates",
+    year=2024,
+    arxiv="2410.10075",
 )
