@@ -1,0 +1,141 @@
+"""Every recipe on a real model: exactly its budget, a loss that falls, and nothing else that moves."""
+
+import copy
+
+import pytest
+import tiny
+import torch
+from tiny_hf import llama, tokens
+from training import assert_frozen, snapshot
+
+import retouch
+from retouch.scores import Difference, LowRankMagnitude
+
+# Two layers of q 32x32, k and v 16x32, o 32x32, gate and up 48x32, down 32x48: 7680 weights and 64 of
+# norms each; 3104 of the embedding and of the output, 32 of the last norm; 21728 in all.
+LAYER, OUTSIDE, ALL = 7680 + 64, 2 * 3104 + 32, 21728
+ROWS = 2 * 224
+# What is selected of it, by hand. Sizes for large matrices are scaled down, as written on the right.
+BUDGETS = {
+    "child-tuning-d": (4646 + OUTSIDE, {}),  # floor(0.3 * 2 * LAYER)
+    "fish": (108, {}),  # floor(0.005 * ALL)
+    "gps": (ROWS, {}),
+    "irepair-fixed": (LAYER, {}),
+    "kappatune": (None, {}),  # two tensors, of whichever size
+    "lift": (2 * 928, {"score": LowRankMagnitude(2), "lora_rank": 2}),
+    "ln-tuning": (5 * 32, {}),
+    "lota": (2172, {}),
+    "lt-sft": (217, {}),
+    "magnitude": (153, {}),
+    "neuroada": (ROWS, {}),
+    "neuroada-grad": (ROWS, {}),
+    "pafi": (108, {}),
+    "perp": (5 * 32, {}),
+    "random": (153, {}),
+    "rl-subnetwork": (ALL // 2, {}),
+    "rocoft-column": (ROWS, {}),
+    "rocoft-row": (2 * (6 * 32 + 48), {}),
+    "rosa": (2 * (3 + 1 + 1 + 3 + 3 * 4), {}),
+    "s2ft": (2 * 32, {}),  # floor(0.03 * 96) columns
+    "sam": (2 * (5 + 2 + 2 + 5 + 3 * 7), {}),
+    "sara": (None, {}),  # what is small enough
+    "shira-grad": (150, {}),
+    "shira-rand": (150, {}),
+    "shira-snip": (150, {}),
+    "shira-struct": (2 * (63 + 47 + 47 + 63 + 63 + 63 + 79), {}),
+    "shira-wm": (150, {}),
+    "sift": (150, {}),
+    "smt": (4 * 64, {"block_size": 8}),  # floor(0.07 * 64) blocks
+    "sppft": (ALL - LAYER, {"exclude_modules": ["layers.0"]}),
+    "spt": (77, {}),  # floor(0.005 * (2 * LAYER + 32))
+    "spu": (4 * 153, {}),
+    "ssu": (LAYER - 64 + 2 * 3104, {}),
+    "ssu-released": (LAYER - 64 + 2 * 3104, {}),
+    "supertuning": (150, {}),
+    "supertuning-wanda": (150, {}),
+    "tr-pts": (None, {}),  # see its oracle
+    "bitfit": (None, {}),  # a Llama has none
+}
+
+
+@pytest.fixture(scope="module")
+def data():
+    samples = tokens(32)
+    return [
+        {k: torch.stack([s[k] for s in samples[i : i + 8]]) for k in samples[0]}
+        for i in range(0, 32, 8)
+    ]
+
+
+@pytest.fixture(scope="module")
+def tuned():
+    """The model, with every second weight changed."""
+    model = llama()
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(1)
+        for p in model.parameters():
+            p.view(-1)[::2] += 0.1 * (torch.rand(p.view(-1)[::2].shape, generator=generator) + 0.1)
+    return model
+
+
+def test_there_is_a_budget_for_each() -> None:
+    assert BUDGETS.keys() == {row.id for row in retouch.recipes.list()}
+
+
+@pytest.mark.parametrize("name", [row.id for row in retouch.recipes.list()])
+def test_learns_and_moves_nothing_else(name, data, tuned) -> None:
+    model = llama()
+    if name == "bitfit":
+        model, data = tiny.bert(), [tiny.labelled(8, seed=i) for i in range(4)]
+    wanted, changes = BUDGETS[name]
+    if isinstance(retouch.recipes.info(name).config.get("score"), Difference):
+        changes = {"score": Difference(tuned)}
+    before, state = snapshot(model), torch.random.get_rng_state()
+    mask = retouch.select(model, name, data=data, **changes)
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert all(torch.equal(before[n], p) and p.grad is None for n, p in model.named_parameters())
+    assert 0 < mask.count <= sum(p.numel() for p in model.parameters())
+    if wanted is not None:
+        assert mask.count == wanted
+    with torch.no_grad():
+        first = sum(float(model(**batch).loss) for batch in data)
+    optimizer = retouch.wrap(torch.optim.AdamW, mask, model, lr=2e-2, weight_decay=0.1)
+    for batch in data * 4:
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        last = sum(float(model(**batch).loss) for batch in data)
+    assert last < first - 0.02, f"{first:.3f} -> {last:.3f}"
+    assert_frozen(before, model, mask)
+    retouch.verify_untouched(model)
+    retouch.unwrap(model)
+
+
+def test_counts_that_follow_from_the_weights(data) -> None:
+    model = llama()
+    mask = retouch.select(model, "kappatune")
+    assert len(mask) == 2 and all(s.kind == "all" for s in mask.values())
+    small = {n: int((p.abs() < 2e-3).sum()) for n, p in model.named_parameters()}
+    mask = retouch.select(model, "sara")
+    assert {n: s.count for n, s in mask.items()} == {n: k for n, k in small.items() if k}
+    biased = tiny.bert()
+    mask = retouch.select(biased, "bitfit")
+    wanted = {n for n, _ in biased.named_parameters() if n.endswith("bias")}
+    assert set(mask) == wanted | {"classifier.weight"}
+    assert all(s.kind == "all" for s in mask.values())
+
+
+def test_selections_by_data_follow_the_data(data) -> None:
+    """A selection that never looked at its data would pass the other tests."""
+    model = llama()
+    other = [{k: (v * 7 + 11) % 90 + 3 for k, v in batch.items()} for batch in data]
+    for row in retouch.recipes.list():
+        score = row.config.get("score")
+        if not getattr(score, "needs_data", False) or row.id == "irepair-fixed":
+            continue
+        first = retouch.select(copy.deepcopy(model), row.id, data=data, **BUDGETS[row.id][1])
+        second = retouch.select(copy.deepcopy(model), row.id, data=other, **BUDGETS[row.id][1])
+        assert first != second, row.id
+        with pytest.raises(retouch.errors.ScoreError, match="needs data"):
+            retouch.select(model, row.id)
