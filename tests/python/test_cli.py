@@ -313,6 +313,18 @@ def test_recipes():
     assert code == 0 and "fish" in text
     code, text, _ = run("recipes", "fish")
     assert code == 0 and "2111.09839" in text and "@misc{" in text
+    for part in (
+        "scores: sum of squared",
+        "budget: density=0.005",
+        "when: once",
+        "cost: ",
+        "source: ",
+    ):
+        assert part in text
+    code, text, _ = run("recipes", "magnitude")
+    assert code == 0 and "arXiv" not in text
+    code, text, _ = run("recipes", "--markdown")
+    assert code == 0 and "| `fish` | FISH Mask | [2111.09839]" in text
     code, _, error = run("recipes", "fihs")
     assert code == 2 and "fish" in error
 
