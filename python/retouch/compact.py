@@ -20,7 +20,6 @@ import contextlib
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ from retouch import ops
 from retouch.binding import Binding, Part, innermost
 from retouch.distributed import Reducer, processes
 from retouch.eligible import own_parameters
-from retouch.errors import BudgetError, EngineError, FormatError, FrozenError, MaskError
+from retouch.errors import BudgetError, EngineError, FormatError, MaskError
 from retouch.masks import Mask, Selection
 from retouch.routes import Path, check_gradient, plan
 from retouch.slots import (
@@ -43,25 +42,8 @@ from retouch.slots import (
     buffers,
     lookup,
     register,
-    same_bits,
     some,
 )
-
-
-@dataclass(frozen=True)
-class Untouched:
-    """What `verify_untouched` has found in order.
-
-    Attributes:
-        parameters: How many parameters were checked.
-        frozen: How many of them are wholly frozen.
-        buffers_changed: Persistent buffers (running statistics) that differ from the base: no
-            error.
-    """
-
-    parameters: int
-    frozen: int
-    buffers_changed: list[str]
 
 
 class Engine(Container):
@@ -73,6 +55,7 @@ class Engine(Container):
         reducer: What averages gradients over processes; None where there is one process.
         gradient: How gradients are taken: "auto", "sampled" or "dense".
         measure: Measure the next optimizer steps (two O(k) copies a step); see `metrics`.
+        hashes: Fingerprint of each parameter when the mask was set; empty without fingerprints.
         base_buffers: Persistent buffers of the model when the mask was set (copies on the CPU).
     """
 
@@ -88,7 +71,7 @@ class Engine(Container):
         self.base_buffers: dict[str, Tensor] = {}
         self._owner = weakref.ref(model)
         self._fingerprint = fingerprint
-        self._hashes: dict[str, str] = {}
+        self.hashes: dict[str, str] = {}
         self._values: dict[str, nn.Parameter] = {}
         self._names: dict[int, str] = {}  # id of a compact value -> name of its weight
         self._bindings: list[Binding] = []
@@ -223,7 +206,7 @@ class Engine(Container):
             param = known[name]
             self._fill(
                 name, param, selection, selection.gather(param.detach()),
-                selection.take(param.detach()), self._hashes.get(name, ""), paths[name],
+                selection.take(param.detach()), self.hashes.get(name, ""), paths[name],
             )  # fmt: skip
         self._freeze_rest(model)
         self.mask = mask
@@ -269,7 +252,7 @@ class Engine(Container):
         for name, (selection, value, base, base_hash) in parts.items():
             self._fill(name, known[name], selection, value, base, base_hash, paths[name])
             self.slots[name].write()
-        self._hashes = dict(run.get("hashes") or self._hashes)
+        self.hashes = dict(run.get("hashes") or self.hashes)
         self._freeze_rest(model)
         metadata = dict(run.get("metadata") or {})
         self.mask = Mask({n: s.selection for n, s in self.slots.items()}, model, metadata)
@@ -277,11 +260,11 @@ class Engine(Container):
     def describe(self) -> dict[str, Any]:
         """What is saved of a run beside masks and values: JSON-able."""
         metadata = self.mask.metadata if self.mask is not None else {}
-        return {"hashes": self._hashes, "metadata": metadata}
+        return {"hashes": self.hashes, "metadata": metadata}
 
     def _take_base(self, model: nn.Module) -> None:
         named = own_parameters(model) if self._fingerprint else ()
-        self._hashes = {name: ops.fingerprint(p) for name, p in named}
+        self.hashes = {name: ops.fingerprint(p) for name, p in named}
         self.base_buffers = {n: b.detach().cpu().clone() for n, b in buffers(model)}
 
     def _fill(
@@ -423,37 +406,6 @@ class Engine(Container):
             figures["lost_updates"] = sum(m["lost"] for m in measured) / max(selected, 1)
         return figures
 
-    def verify(self) -> Untouched:
-        """See `verify_untouched`."""
-        if not self._hashes:
-            raise EngineError(
-                "there are no fingerprints: the model was wrapped with fingerprint=False"
-            )
-        model, touched = self.owner(), []
-        known = dict(own_parameters(model))
-        for name, param in known.items():
-            slot = self.slots.get(name)
-            if slot is None:
-                now = ops.fingerprint(param)
-            elif slot.selection.kind == "all" and tuple(param.shape) == slot.selection.shape:
-                continue
-            elif tuple(param.shape) != slot.selection.shape or param.dtype != slot.base.dtype:
-                now = ""
-            else:
-                now = ops.fingerprint(param, slot.selection.flat(), slot.base.reshape(-1))
-            if now != self._hashes.get(name):
-                touched.append(name)
-        touched += [f"{name} (gone)" for name in self._hashes if name not in known]
-        if touched:
-            raise FrozenError(
-                f"{len(touched)} parameters have changed outside of the mask: {some(touched)}"
-            )
-        changed = [
-            name for name, buffer in buffers(model)
-            if name not in self.base_buffers or not _equal(self.base_buffers[name], buffer)
-        ]  # fmt: skip
-        return Untouched(len(known), len(known) - len(self.slots), changed)
-
     # --- torch.nn ------------------------------------------------------------------------------
 
     def remove(self) -> None:
@@ -501,8 +453,3 @@ def _check_trainable(name: str, param: Tensor) -> None:
             f"{name} is a {type(param).__name__} of {param.dtype} on {param.device}; wanted a "
             "dense floating-point parameter"
         )
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    b = b.detach().cpu()
-    return a.shape == b.shape and a.dtype == b.dtype and bool(same_bits(a, b).all())

@@ -164,7 +164,7 @@ def _digest(engine: "Engine") -> bytes:
         if index is not None:
             found.update(index.numpy().tobytes())
         found.update(base.reshape(-1).view(torch.uint8).numpy().tobytes())
-    for name, fingerprint in engine.describe()["hashes"].items():
+    for name, fingerprint in engine.hashes.items():
         found.update(f"{name}={fingerprint};".encode())
     return found.digest()
 

@@ -3,6 +3,7 @@
 The engine itself is `retouch.compact.Engine`, whose module says how it works.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,12 +12,12 @@ from torch.optim import Optimizer
 
 from retouch import ops
 from retouch.binding import innermost
-from retouch.compact import Engine, Untouched
+from retouch.compact import Engine
 from retouch.eligible import own_parameters
-from retouch.errors import EngineError, HyperparameterError
+from retouch.errors import EngineError, FrozenError, HyperparameterError
 from retouch.masks import Mask, Selection
 from retouch.routes import Gradient
-from retouch.slots import PLACE, Copy, Slot, some
+from retouch.slots import PLACE, Copy, Slot, buffers, same_bits, some
 
 __all__ = [
     "Engine",
@@ -28,6 +29,22 @@ __all__ = [
     "verify_untouched",
     "wrap",
 ]
+
+
+@dataclass(frozen=True)
+class Untouched:
+    """What `verify_untouched` has found in order.
+
+    Attributes:
+        parameters: How many parameters were checked.
+        frozen: How many of them are wholly frozen.
+        buffers_changed: Persistent buffers (running statistics) that differ from the base: no
+            error.
+    """
+
+    parameters: int
+    frozen: int
+    buffers_changed: list[str]
 
 
 def install(
@@ -189,7 +206,31 @@ def verify_untouched(model: nn.Module) -> Untouched:
         FrozenError: Naming the parameters that changed.
         EngineError: The model is not wrapped, or was without fingerprints.
     """
-    return get_engine(model).verify()
+    engine = get_engine(model)
+    if not engine.hashes:
+        raise EngineError("there are no fingerprints: the model was wrapped with fingerprint=False")
+    owner, touched = engine.owner(), []
+    known = dict(own_parameters(owner))
+    for name, param in known.items():
+        slot = engine.slots.get(name)
+        if slot is None:
+            now = ops.fingerprint(param)
+        elif slot.selection.kind == "all" and tuple(param.shape) == slot.selection.shape:
+            continue
+        elif tuple(param.shape) != slot.selection.shape or param.dtype != slot.base.dtype:
+            now = ""
+        else:
+            now = ops.fingerprint(param, slot.selection.flat(), slot.base.reshape(-1))
+        if now != engine.hashes.get(name):
+            touched.append(name)
+    touched += [f"{name} (gone)" for name in engine.hashes if name not in known]
+    if touched:
+        raise FrozenError(
+            f"{len(touched)} parameters have changed outside of the mask: {some(touched)}"
+        )
+    base = engine.base_buffers
+    changed = [n for n, b in buffers(owner) if n not in base or not _equal(base[n], b)]
+    return Untouched(len(known), len(known) - len(engine.slots), changed)
 
 
 def _take_over(engine: Engine, optimizer: Optimizer, names: dict[int, str]) -> None:
@@ -247,3 +288,8 @@ def _cut(name: str, selection: Selection, state: dict[str, Any]) -> dict[str, An
                 "be cut down to the selected coordinates; wrap it before its first step"
             )
     return cut
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    b = b.detach().cpu()
+    return a.shape == b.shape and a.dtype == b.dtype and bool(same_bits(a, b).all())
