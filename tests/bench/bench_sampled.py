@@ -19,7 +19,7 @@ from retouch import ops
 SHAPES = ((512, 512), (768, 3072), (2048, 2048), (4096, 4096))
 TOKENS = (512, 2048)
 DENSITIES = (0.001, 0.01, 0.025, 0.05, 0.1)
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def case(
@@ -63,6 +63,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two shapes, 512 tokens, two rounds")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--dtypes", choices=DTYPES, nargs="+", default=list(DTYPES))
     args = parser.parse_args()
     shapes, tokens = (SHAPES[:2], TOKENS[:1]) if args.quick else (SHAPES, TOKENS)
     warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
@@ -73,8 +74,8 @@ def main() -> None:
         for shape in shapes:
             for count in tokens:
                 for density in DENSITIES:
-                    for dtype in DTYPES:
-                        lines += case(shape, count, density, dtype, rounds)
+                    for dtype in args.dtypes:
+                        lines += case(shape, count, density, DTYPES[dtype], rounds)
     print(f"Selected entries of dY.T @ X, random masks; {machine()}\n")
     columns = ["shape", "tokens", "density", "dtype", "threads", "way", "median ms", "range ms"]
     table([*columns, "time / retouch"], lines)
