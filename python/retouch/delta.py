@@ -15,9 +15,10 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from retouch import deltafile, deltaview, hub, ops
+from retouch import deltafile, deltaview, hub, ops, updates
 from retouch.deltasource import Key, Source, check_ties, memory, named
 from retouch.errors import BaseMismatchError, EngineError, FormatError, ShapeError
+from retouch.masks import Mask
 from retouch.slots import PLACE, same_bits
 
 __all__ = ["Delta", "Entry"]
@@ -401,6 +402,32 @@ class Delta(Mapping[str, Entry]):
             the next float; a change from 0 to -0 counts as none).
         """
         return {name: deltaview.figures(entry) for name, entry in self.items()}
+
+    def updates(
+        self, base: Any = None, *, atol: float = 1e-5, ranks: bool = False
+    ) -> updates.Updates:
+        """How sparse the update is, and how much of that is due to the storage.
+
+        The measurements of "Reinforcement Learning Finetunes Small Subnetworks" (arXiv 2505.11711),
+        over the floating-point tensors that both models have. `print` the result for a report.
+
+        Args:
+            base: The model that the delta is for (checkpoint, model or state dict), so that tensors
+                without a change count too; also for old values that the delta does not hold.
+            atol: A second sparsity counts changes of at most this as none; the paper's is 1e-5.
+            ranks: Also the numerical rank of each matrix's change, by singular values: O(n^3).
+
+        Raises:
+            FormatError: Old values are not known, and there is no base.
+        """
+        return updates.measure(self, base, atol, ranks)
+
+    def mask(self) -> Mask:
+        """What changed, as a mask: train it again, or compare it with others by `Mask.overlap`.
+
+        A tensor that is held whole, without its old values, counts as changed everywhere.
+        """
+        return updates.mask_of(self)
 
     def __repr__(self) -> str:
         size = f"{self.count:,} values in {len(self)} tensors"
