@@ -86,6 +86,8 @@ def test_low_rank_magnitude_is_the_truncated_svd(make, rank: int) -> None:
         low = back(model, name, u @ torch.diag_embed(s) @ v).abs()
         assert score.shape == found[name].shape and score.dtype == torch.float32
         torch.testing.assert_close(score.double(), low, rtol=1e-6, atol=1e-9)
+        if rank == 100:
+            assert torch.equal(score, found[name].param.detach().abs())
 
 
 def test_condition_numbers() -> None:
@@ -252,6 +254,16 @@ def test_inputs_of_a_conv1d() -> None:
     for name, score in Activation()(model, found, [tiny.text()]).items():
         wanted = inputs[name].norm(dim=0)[:, None].expand(score.shape)  # stored [in, out]
         torch.testing.assert_close(score, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_inputs_of_layers_that_share_a_weight() -> None:
+    model = Two()
+    model.unused.weight = model.used.weight
+    model.forward = lambda x, y: model.head(model.used(x) + model.unused(y))
+    found = {"used.weight": candidates(model, ALL)["used.weight"]}
+    data = [(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]]))]
+    score = Activation()(model, found, data)["used.weight"]
+    assert torch.equal(score, torch.tensor([1.0, 2.0]).expand(3, 2))
 
 
 def test_scores_of_inputs_that_cannot_be() -> None:

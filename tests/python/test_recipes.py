@@ -266,6 +266,11 @@ def test_tr_pts_gives_more_to_layers_that_hold_more_of_the_best() -> None:
     assert gps == select(
         model, "tr-pts", data=even, loss_fn=with_gradients, allocation=0.3, k_per_row=2
     )
+    # 25 hits and 10 are 2.5 to 1, rounded up
+    first[2, 5:] = 0.0
+    part = [(first[None], second[None])]
+    mask = select(model, "tr-pts", data=part, loss_fn=with_gradients, allocation=0.21875)
+    assert (len(chosen(mask, 0)), len(chosen(mask, 1))) == (24, 8)
     # a layer without hits gets the least, and no row more than all
     extreme = [(first[None] + 9, second[None] * 0)]
     mask = select(model, "tr-pts", data=extreme, loss_fn=with_gradients, allocation=0.5)
@@ -289,12 +294,16 @@ def test_the_order_of_sums_and_squares() -> None:
     ]
 
     def best(name: str) -> list[int]:
-        budget = {"fish": {"counted_in_budget": False}, "neuroada-grad": {"k_per_row": 1}}
-        budget = {"k": 1} | budget.get(name, {})
-        budget.pop("k") if "k_per_row" in budget else None
+        budget = {"k_per_row": 1} if name == "neuroada-grad" else {"k": 1}
+        if name == "fish":
+            budget["counted_in_budget"] = False
+        if name.startswith("spu"):
+            budget["target_modules"] = "all-linear"
         return chosen(select(model, name, data=data, loss_fn=with_gradients, **budget))
 
     assert best("fish") == [0]  # squares of samples
+    # SPU: 3, 3 - 3 = 0 and 1, 2 summed: the first batch counts twice
+    assert best("spu") == [2] and best("spu-released") == [1]
     assert best("spt") == best("child-tuning-d") == best("rosa") == [1]  # squares of batches
     assert best("sam") == best("shira-grad") == best("shira-snip") == best("neuroada-grad") == [2]
 

@@ -24,7 +24,7 @@ BUDGETS = {
     "kappatune": (None, {}),  # two tensors, of whichever size
     "lift": (2 * 928, {"score": LowRankMagnitude(2), "lora_rank": 2}),
     "ln-tuning": (5 * 32, {}),
-    "lota": (2172, {}),
+    "lota": (1536, {}),
     "lt-sft": (217, {}),
     "magnitude": (153, {}),
     "neuroada": (ROWS, {}),
@@ -49,6 +49,7 @@ BUDGETS = {
     "sppft": (ALL - LAYER, {"exclude_modules": ["layers.0"]}),
     "spt": (77, {}),  # floor(0.005 * (2 * LAYER + 32))
     "spu": (4 * 153, {}),
+    "spu-released": (4 * 153, {}),
     "ssu": (LAYER - 64 + 2 * 3104, {}),
     "ssu-released": (LAYER - 64 + 2 * 3104, {}),
     "supertuning": (150, {}),

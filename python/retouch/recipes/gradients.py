@@ -91,12 +91,37 @@ Recipe(
     source="the released code, and reviews of the paper",
     notes=(
         "A tenth of the first linear layer of each MLP by |sum of gradients|; all biases, and "
-        "the visual projection of CLIP, are trained whole. The released code never "
-        "zeroes gradients while it sums them, which is GradStat(outer='cumulative', post='abs', "
-        "training=True), scores with the squared norm of the logits (pass it as loss_fn), and its "
-        "weight decay also shrinks frozen weights, which retouch does not."
+        "the visual projection of CLIP, are trained whole. The released code differs in its score "
+        "(spu-released), and its weight decay also shrinks frozen weights, which retouch does not."
     ),
     variant="paper",
+    paper="Overcoming Generic Knowledge Loss with Selective Parameter Update",
+    authors="Zhang, Wenxuan and Janson, Paul and Aljundi, Rahaf and Elhoseiny, Mohamed",
+    year=2023,
+    arxiv="2308.12462",
+)
+
+Recipe(
+    id="spu-released",
+    title="SPU, released code",
+    config={
+        "score": GradStat(outer="cumulative", post="abs", training=True),
+        "density": 0.1,
+        "scope": "tensor",
+        "target_modules": FIRST_OF_MLP,
+        "biases": "full",
+        "norm_biases": "full",
+        "modules_to_save": VISUAL_PROJECTION,
+    },
+    scores="|sum of running sums of gradients|",
+    cost="a pass over a quarter of the data of the task",
+    notes=(
+        "As spu, with gradients that are never zeroed while they are summed, so that early batches "
+        "weigh more. That code scores with the squared norm of the logits of CLIP: pass it as "
+        "loss_fn."
+    ),
+    source="the released code",
+    variant="released",
     paper="Overcoming Generic Knowledge Loss with Selective Parameter Update",
     authors="Zhang, Wenxuan and Janson, Paul and Aljundi, Rahaf and Elhoseiny, Mohamed",
     year=2023,

@@ -34,12 +34,12 @@ Recipe(
 Recipe(
     id="lota",
     title="LoTA",
-    config={"score": Difference(), "density": 0.1, "target_modules": None},
+    config={"score": Difference(), "density": 0.1},
     scores="|tuned - base|",
     cost="a full fine-tuning before, or its first steps",
-    notes="The tenth of all weights that a full fine-tuning moved most." + _HOW,
+    notes="The tenth of the weights of attention and MLPs that a full fine-tuning moved most."
+    + _HOW,
     source="the released code",
-    warning="Which parameters the released code leaves out we have not read.",
     variant="released",
     paper="Lottery Ticket Adaptation: Mitigating Destructive Interference in LLMs",
     year=2024,

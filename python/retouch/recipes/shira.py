@@ -21,9 +21,9 @@ Recipe(
     scores="chance",
     cost="none",
     notes=(
-        "Uniform in each linear weight. The port in PEFT draws the same mask for all matrices of "
-        "one shape; here each has its own. PEFT's size is lora_rank=32 instead of the density."
-        + _ADDS
+        "A fixed number in each linear weight; the paper draws each weight on its own. The port in "
+        "PEFT draws the same mask for all matrices of one shape; here each has its own. PEFT's size "
+        "is lora_rank=32 instead of the density." + _ADDS
     ),
     **_PAPER,
 )
@@ -68,8 +68,8 @@ Recipe(
     cost="none",
     notes=(
         "Every hundredth row and the diagonal of each linear layer: a little more than 1 % of "
-        "large matrices. The paper takes rows or columns, Stripes(every, axis='column')." + _ADDS
+        "large matrices. The paper takes rows or columns, as far apart as the budget wants: "
+        "Stripes(every, axis='column')." + _ADDS
     ),
-    warning="How far apart the rows of the paper are we have not read.",
     **_PAPER,
 )
