@@ -5,7 +5,7 @@ import copy
 import pytest
 import tiny
 import torch
-from tiny_hf import llama, tokens
+from tiny_hf import llama, tokens, trainer
 from training import assert_frozen, snapshot
 
 import retouch
@@ -140,3 +140,17 @@ def test_selections_by_data_follow_the_data(data) -> None:
         assert first != second, row.id
         with pytest.raises(retouch.errors.ScoreError, match="needs data"):
             retouch.select(model, row.id)
+
+
+@pytest.mark.parametrize("name", ["supertuning-wanda", "kappatune", "smt", "tr-pts"])
+def test_recipes_in_the_trainer(name, data, tmp_path) -> None:
+    """Scores of inputs, of tensors, of blocks and of rows, on the Trainer's own data and loss."""
+    run = trainer(tmp_path, max_steps=3)
+    before = snapshot(run.model)
+    retouch.attach(run, name, **BUDGETS[name][1])
+    run.train()
+    retouch.verify_untouched(run.model)
+    budget = retouch.select(llama(), name, data=data, **BUDGETS[name][1]).count
+    moved = {n: int((p != before[n]).sum()) for n, p in snapshot(run.model).items()}
+    # what is chosen of tensors of several sizes depends on the data
+    assert 0 < sum(moved.values()) <= (2 * budget if name == "tr-pts" else budget)

@@ -135,8 +135,9 @@ Recipe(
     scores="condition number",
     cost="the singular values of each weight matrix",
     notes=(
-        "The fifth of all linear layers with the lowest condition number, whole, as in PEFT; the "
-        "authors' code takes a number of tensors instead (k from 20 to 300). The budget counts "
+        "The fifth of all linear layers with the lowest condition number, whole, as in PEFT, which "
+        "also ranks the output layer and puts fused experts in a ranking of their own; the authors' "
+        "code takes a number of tensors instead (k from 20 to 300). The budget counts "
         "tensors, so the number of weights follows from the model. The smallest singular value of a "
         "large matrix in 16 bits is mostly rounding."
     ),
