@@ -359,6 +359,9 @@ def test_ssu_oracle() -> None:
     for name, trained in (("ssu", [1, 3]), ("ssu-released", [0, 2])):
         mask = select(model, name, data=data)
         assert chosen(mask) == trained and set(mask) > {"head.weight"}
+    even = [(torch.ones(1, 2),)]  # sums 5 and 6, norms 5 and 4.2
+    for name, trained in (("ssu", [0, 2]), ("ssu-released", [1, 3])):
+        assert chosen(select(Plain([[5.0, 3.0], [0.0, 3.0]]), name, data=even)) == trained
 
 
 def test_supertuning_weighs_weights_by_inputs() -> None:
