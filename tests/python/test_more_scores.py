@@ -156,6 +156,7 @@ def test_references_of_every_form(tmp_path: Path) -> None:
     for reference in (other, folder, str(folder), file):
         assert select(model, config, score=Difference(reference)) == mask
     assert str(folder) in repr(Difference(folder)) and "dict" in repr(Difference(state))
+    assert repr(Difference()) == "Difference(None)"
 
 
 def test_configs_with_references_in_files() -> None:

@@ -69,7 +69,8 @@ class Recipe:
 
         text = []
         if config.anything_competes():
-            first = f"{config.granularity}s of {named('masked', config.target_modules or 'all')}"
+            target = "all" if config.target_modules is None else config.target_modules
+            first = f"{config.granularity}s of {named('masked', target)}"
             text.append(first + (f", in each {config.scope}" * (config.scope != "global")))
         if whole := named("full", config.modules_to_save or []):
             text.append(f"whole: {whole}")

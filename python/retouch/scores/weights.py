@@ -219,8 +219,9 @@ class Difference(Score):
 
     def __repr__(self) -> str:
         """Names a path, and of other references the type."""
-        named = isinstance(self.reference, str | os.PathLike)
-        shown = repr(str(self.reference)) if named else type(self.reference).__name__
+        shown = repr(self.reference)
+        if not isinstance(self.reference, str | os.PathLike | None):
+            shown = type(self.reference).__name__
         return f"Difference({shown})"
 
     def __call__(
