@@ -223,13 +223,13 @@ def _kind(
         return "output"
     if id(module) in heads:
         return "head"
-    if _is_norm(module):
+    if is_norm(module):
         return "norm_bias" if is_bias else "norm"
     if is_bias:
         return "bias"
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return "embedding"
-    if isinstance(module, nn.Linear) or _is_hf_conv1d(module):
+    if isinstance(module, nn.Linear) or is_hf_conv1d(module):
         return "linear"
     if isinstance(module, nn.MultiheadAttention) and param.dim() == 2:
         return "linear"
@@ -240,7 +240,7 @@ def _kind(
     return "other"
 
 
-def _is_norm(module: nn.Module) -> bool:
+def is_norm(module: nn.Module) -> bool:
     if isinstance(module, nn.LayerNorm | nn.GroupNorm | nn.RMSNorm | _NormBase):
         return True
     # Each HF architecture has an RMSNorm class of its own; the class is named, not the parameter.
@@ -249,7 +249,7 @@ def _is_norm(module: nn.Module) -> bool:
     )
 
 
-def _is_hf_conv1d(module: nn.Module) -> bool:
+def is_hf_conv1d(module: nn.Module) -> bool:
     return any(
         c.__name__ == "Conv1D" and c.__module__.startswith("transformers.")
         for c in type(module).__mro__
@@ -271,7 +271,7 @@ def _orientation(
         if getattr(module, "is_transposed", False):
             return (0, 2), (0, 1)
         return (0, 1), (0, 2)
-    if _is_hf_conv1d(module) or isinstance(module, _ConvTransposeNd):
+    if is_hf_conv1d(module) or isinstance(module, _ConvTransposeNd):
         return (1,), (0,)
     return (0,), (1,)
 

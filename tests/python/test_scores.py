@@ -132,7 +132,8 @@ def test_per_sample_scores_do_not_depend_on_the_batch_size() -> None:
         for size in (1, 2, 4, 6)
     ]
     for other in found[1:]:
-        assert all(torch.equal(found[0][n], other[n]) for n in other)
+        for name, value in other.items():  # batches of two and more go through the model whole
+            torch.testing.assert_close(found[0][name], value, rtol=1e-5, atol=1e-9)
 
 
 @given(data=st.data())
@@ -294,7 +295,7 @@ def test_forms_of_data() -> None:
     }
     for form, data in forms.items():
         found = of(Fisher(), model, data)
-        assert all(torch.equal(want[n], found[n]) for n in want), form
+        assert all(torch.allclose(want[n], found[n], rtol=1e-4) for n in want), form
 
     def loss(model: nn.Module, pair) -> Tensor:
         return model(input_ids=pair[0], labels=pair[1]).loss
@@ -302,7 +303,7 @@ def test_forms_of_data() -> None:
     pair = batch["input_ids"], batch["labels"]
     for data in (pair, [pair], DataLoader(TensorDataset(*pair), batch_size=2), [list(pair)]):
         found = of(Fisher(), model, data, loss)
-        assert all(torch.equal(want[n], found[n]) for n in want)
+        assert all(torch.allclose(want[n], found[n], rtol=1e-4) for n in want)  # one by one
 
     # samples that only the loss function can put together
     def collating(model: nn.Module, batch: list) -> Tensor:
@@ -310,7 +311,7 @@ def test_forms_of_data() -> None:
 
     opaque = [[{"row": row} for row in rows[:3]], [{"row": rows[3]}]]
     found = of(Fisher(), model, opaque, collating)
-    assert all(torch.equal(want[n], found[n]) for n in want)
+    assert all(torch.allclose(want[n], found[n], rtol=1e-4) for n in want)
 
 
 def test_tuples_and_tensors_without_a_loss_function() -> None:

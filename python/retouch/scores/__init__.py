@@ -14,7 +14,7 @@ from retouch.names import register_score as register
 from retouch.names import score_names
 from retouch.scores.activations import Activation, Wanda
 from retouch.scores.base import Combined, Score, as_score
-from retouch.scores.gradients import Fisher, Gradient, GradStat, Sensitivity
+from retouch.scores.gradients import Fisher, Gradient, GradStat, Sensitivity, TrueFisher
 from retouch.scores.weights import (
     ConditionNumber,
     Constant,
@@ -40,6 +40,7 @@ __all__ = [
     "Score",
     "Sensitivity",
     "Stripes",
+    "TrueFisher",
     "Wanda",
     "as_score",
     "register",

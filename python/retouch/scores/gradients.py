@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from retouch import ops
-from retouch.batches import Batches, single_samples, to_device
+from retouch.batches import Batches, to_device
 from retouch.eligible import own_parameters
 from retouch.errors import HyperparameterError, ScoreError
 from retouch.names import register_score as register
 from retouch.passes import Eligible, LossFn, gradients, loss_of
+from retouch.persample import SampleGradients
 from retouch.scores.base import Score
 
 
@@ -26,6 +27,12 @@ class GradStat(Score):
 
     While it is computed, each gradient is added to its score and freed before the next exists, so
     the peak is the scores and one gradient. Sums of more than one backward pass are in float32.
+
+    A sample's loss is what the model gives for it alone: the mean over its own labels. Samples in
+    batches of several go through the model together where that gives the same up to rounding, which
+    `retouch.persample` decides: the losses of Hugging Face models whose eligible parameters are of
+    linear layers, embeddings and normalisations. Other models, tied eligible weights, a `loss_fn`,
+    autocast, ``training=True`` and ``outer="cumulative"`` take one pass for each sample.
 
     Attributes:
         level: A unit is a "sample" (each has its own loss, so the batch size does not matter) or a
@@ -81,32 +88,37 @@ class GradStat(Score):
             for name, c in eligible.items()
         }
         running = {n: torch.zeros_like(t) for n, t in sums.items()} if self._cumulative else sums
-        reached: set[str] = set()
 
-        def take(name: str, gradient: Tensor) -> None:
-            reached.add(name)
-            ops.accumulate_(running[name], gradient, name, map=self.map)
+        def unit_done() -> None:
+            if self._cumulative:
+                for name, total in sums.items():
+                    ops.accumulate_(total, running[name], name)
 
+        taken = SampleGradients(
+            model, eligible, running, map=self.map, loss_fn=loss_fn,
+            after=unit_done, batched=not (self.training or self._cumulative),
+            seed=self._seed, draws=self._draws,
+        )  # fmt: skip
         units = 0
-        with gradients(model, eligible, take, self.training):
+        with gradients(model, eligible, taken.take, self.training):
             device = next((p.device for _, p in own_parameters(model)), torch.device("cpu"))
             for number, batch in enumerate(data if isinstance(data, Batches) else Batches(data)):
                 batch = to_device(batch, device)
-                for unit in single_samples(batch) if self.level == "sample" else (batch,):
-                    loss_of(model, unit, loss_fn, number).backward()
-                    units += 1
-                    if self._cumulative:
-                        for name, total in sums.items():
-                            ops.accumulate_(total, running[name], name)
+                if self.level == "sample":
+                    units += taken.add(batch, number)
+                    continue
+                loss_of(model, batch, loss_fn, number).backward()
+                units += 1
+                unit_done()
         if units == 0:
             raise ScoreError(
                 "the data hold no batch (an iterator can be read only once: pass a list or a "
                 "DataLoader)"
             )
-        _report_unreached(sums.keys() - reached)
+        _report_unreached(sums.keys() - taken.reached)
         for total in sums.values():
-            if self.outer == "mean":
-                total.div_(units)
+            if self.outer == "mean" or self._draws > 1:
+                total.div_(units if self.outer == "mean" else self._draws)
             if self.post == "abs":
                 total.abs_()
             elif self.post == "sqrt":
@@ -116,6 +128,15 @@ class GradStat(Score):
     @property
     def _cumulative(self) -> bool:
         return self.outer == "cumulative"
+
+    @property
+    def _seed(self) -> int | None:
+        """For labels drawn from the model; None for those of the data."""
+        return None
+
+    @property
+    def _draws(self) -> int:
+        return 1
 
 
 @register("gradient")
@@ -137,6 +158,47 @@ class Fisher(GradStat):
 
     level: Literal["sample", "batch"] = "sample"
     map: Literal["id", "abs", "square"] = "square"
+
+
+@register("true_fisher")
+@dataclass(frozen=True)
+class TrueFisher(Fisher):
+    """Diagonal of the Fisher information: as `Fisher`, with labels drawn from the model itself.
+
+    FISH Mask (arXiv 2111.09839) calls it expect-square and sums over all classes, with one backward
+    pass for each; this takes the same expectation over labels by `draws` samples of it, unbiased for
+    "square" and "abs" alike. Labels of the data only say where there are labels (-100: none). The loss
+    must be a cross entropy over class numbers, that is `torch.nn.functional.cross_entropy`.
+
+    Attributes:
+        draws: How many times labels are drawn for each sample; the score is the mean over them.
+        seed: Of the draws, which depend on it, the number of the sample and the position alone.
+
+    Raises:
+        HyperparameterError: ``level="batch"``, ``outer="cumulative"`` or no positive number of draws.
+        ScoreError: The loss is another.
+    """
+
+    draws: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.level != "sample" or self.outer == "cumulative":
+            raise HyperparameterError(
+                f"TrueFisher: level={self.level!r}, outer={self.outer!r}; wanted level='sample' and "
+                "a sum or mean, as labels are drawn for each sample"
+            )
+        if self.draws < 1:
+            raise HyperparameterError(f"TrueFisher: draws={self.draws}; wanted 1 or more")
+
+    @property
+    def _seed(self) -> int:
+        return self.seed
+
+    @property
+    def _draws(self) -> int:
+        return self.draws
 
 
 @register("sensitivity")
