@@ -45,6 +45,7 @@ from retouch.demo_rows import (
     Row,
     Scale,
     Scene,
+    fast_bfloat16,
     folder_bytes,
     measured,
     replies_to,
@@ -101,7 +102,10 @@ def run(
     with _quiet(), tempfile.TemporaryDirectory(prefix="retouch-demo-") as scratch:
         try:
             torch.set_num_threads(threads or before)
-            console.print(f"[bold]retouch demo[/bold]: {torch.get_num_threads()} threads")
+            precision = "bfloat16" if fast_bfloat16() else "float32"
+            console.print(
+                f"[bold]retouch demo[/bold]: {torch.get_num_threads()} threads, products in {precision}"
+            )
             cache = Path(scratch) if small else cache_folder(cache_dir)
             checkpoint = tiny_llama(cache) if small else smollm2(cache, console.print)
             converted = 0.0 if small else time.perf_counter() - wall
