@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 import torch
-from harness import interleave, machine, rows, table
+from harness import high_water, interleave, machine, rows, table
 
 from retouch import ops
 
@@ -67,12 +67,6 @@ def by_histogram(parts: list[torch.Tensor], k: int) -> list[torch.Tensor]:
 
 
 RUN = dict(zip(WAYS, (ours, by_topk, by_kthvalue, by_histogram), strict=True))
-
-
-def high_water() -> float:
-    """Peak MB of this process; getrusage would count the parent that forked it."""
-    with open("/proc/self/status", encoding="utf-8") as f:
-        return next(int(line.split()[1]) for line in f if line.startswith("VmHWM")) / 1e3
 
 
 def peak(way: str, quick: bool) -> float:

@@ -56,6 +56,24 @@ def table(columns: list[str], lines: list[list[str]]) -> None:
         print("| " + " | ".join(c.ljust(w) for c, w in zip(row, width, strict=True)) + " |")
 
 
+def spread(values: list[float], digits: int = 1) -> str:
+    """The median, and the tenth and ninetieth percentile."""
+    low, high = torch.tensor(values).quantile(torch.tensor([0.1, 0.9])).tolist()
+    return f"{statistics.median(values):.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
+
+
+def high_water() -> float:
+    """Peak MB of this process; getrusage would count the parent that forked it."""
+    with open("/proc/self/status", encoding="utf-8") as f:
+        return next(int(line.split()[1]) for line in f if line.startswith("VmHWM")) / 1e3
+
+
+def reset_high_water() -> None:
+    """Makes the peak what is resident now."""
+    with open("/proc/self/clear_refs", "w", encoding="utf-8") as f:
+        f.write("5")
+
+
 def machine() -> str:
     """One line on what this ran on."""
     return f"{cpu()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
