@@ -302,7 +302,7 @@ def main() -> None:
     parser.add_argument("--seq", type=int, default=128)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: both")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", default="", help="ways with this in their name, and LoRA")
     parser.add_argument("--no-memory", action="store_true", help="no processes for the peak")
