@@ -225,14 +225,14 @@ def peak(name: str, size: Size, threads: int, results: Any) -> None:
     results.put(high_water() - before)
 
 
-def peaks(size: Size, threads: int) -> dict[str, float]:
-    """Of all ways, one process each, forked from one that has imported and done nothing."""
+def peaks(names: list[str], size: Size) -> dict[str, float]:
+    """Of each way, in a process of its own, forked from one that has imported and done nothing."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     out = {}
-    for name in ways(size.dtype):
+    for name in names:
         results = context.Queue()
-        child = context.Process(target=peak, args=(name, size, threads, results))
+        child = context.Process(target=peak, args=(name, size, torch.get_num_threads(), results))
         child.start()
         out[name] = results.get(timeout=120)
         child.join()
@@ -262,9 +262,10 @@ def check(size: Size) -> None:
 
 def measure(size: Size, args: argparse.Namespace) -> list[list[str]]:
     """The lines of one dtype."""
-    memory = {} if args.no_memory else peaks(size, torch.get_num_threads())
-    runs = {name: Run(make, size) for name, make in ways(size.dtype).items() if args.only in name
-            or name == LORA}  # fmt: skip
+    made = ways(size.dtype)
+    names = [name for name in made if args.only in name or name == LORA]
+    memory = {} if args.no_memory else peaks(names, size)
+    runs = {name: Run(made[name], size) for name in names}
     weights = sum(p.numel() for p in linears(size.model()).values())
     saved = {name: run.saved() for name, run in runs.items()}
     times: dict[str, list[tuple[float, float, float]]] = {name: [] for name in runs}
@@ -273,7 +274,6 @@ def measure(size: Size, args: argparse.Namespace) -> list[list[str]]:
             seconds = run(0)
             if i >= 0:
                 times[name].append(seconds)
-    assert all(run.loss > 0 for run in runs.values())
     totals = {name: [sum(t) for t in seconds] for name, seconds in times.items()}
     lines = []
     for name, run in runs.items():
