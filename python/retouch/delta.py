@@ -6,16 +6,15 @@ refuses a base that is not its own.
 """
 
 import contextlib
-import math
 from collections.abc import Iterator, Mapping, MutableMapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from retouch import deltafile, deltaview, hub, ops, updates
+from retouch.deltaentry import Entry
 from retouch.deltasource import Key, Source, check_ties, memory, named
 from retouch.errors import BaseMismatchError, EngineError, FormatError, ShapeError
 from retouch.masks import Mask
@@ -24,58 +23,6 @@ from retouch.slots import PLACE, same_bits
 __all__ = ["Delta", "Entry"]
 
 Target = nn.Module | dict[str, Tensor]
-
-
-@dataclass(eq=False)
-class Entry:
-    """What happened to one tensor.
-
-    Attributes:
-        kind: "sparse-replace" (values at positions), "dense" (the whole tensor), "added" (it is not
-            in the base) or "removed".
-        shape: Of the tensor.
-        dtype: Of the tensor and its values.
-        index: Ascending flat positions (int32 or int64) of a sparse entry.
-        value: New values: [k] for a sparse entry, else the whole tensor; None if removed.
-        old: What the base has there; None if not known.
-        base_hash: Fingerprint of the tensor in the base; None if not known.
-        result_hash: Fingerprint of the tensor after the change; None if not known.
-    """
-
-    kind: Literal["sparse-replace", "dense", "added", "removed"]
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    index: Tensor | None = None
-    value: Tensor | None = None
-    old: Tensor | None = None
-    base_hash: str | None = None
-    result_hash: str | None = None
-
-    @property
-    def count(self) -> int:
-        """Changed elements (all of them for a whole tensor)."""
-        return math.prod(self.shape) if self.index is None else self.index.numel()
-
-    def read(self, tensor: Tensor) -> Tensor:
-        """What a tensor holds where this entry writes, bit for bit."""
-        if self.index is not None:
-            return ops.take(tensor, self.index, "tensor")
-        return tensor.detach().clone()
-
-    def write(self, tensor: Tensor, values: Tensor, name: str) -> None:
-        """Writes values there, bit for bit."""
-        values = values.to(tensor.device)
-        if self.index is not None:
-            ops.put_(tensor, self.index, values, name)
-        else:
-            with torch.no_grad():
-                tensor.copy_(values.view(self.shape))
-
-    def leads_to(self, tensor: Tensor, values: Tensor) -> str:
-        """The fingerprint that a tensor would have with these values."""
-        if self.index is None:
-            return ops.fingerprint(values.view(self.shape))
-        return ops.fingerprint(tensor, self.index, values)
 
 
 class Delta(Mapping[str, Entry]):

@@ -23,10 +23,11 @@ from torch import Tensor
 
 from retouch import ops
 from retouch._core import __version__
+from retouch.deltaentry import Entry
 from retouch.errors import FormatError
 
 if TYPE_CHECKING:
-    from retouch.delta import Delta, Entry
+    from retouch.delta import Delta
 
 FORMAT, VERSION = "retouch-delta", 1
 CONFIG, TENSORS = "delta_config.json", "delta.safetensors"
@@ -138,7 +139,7 @@ def _temporary(target: Path) -> Path:
     return path
 
 
-def load(folder: Path) -> tuple[dict[str, "Entry"], dict[str, Any]]:
+def load(folder: Path) -> tuple[dict[str, Entry], dict[str, Any]]:
     """The entries and the config of a delta folder."""
     config = read_config(folder)
     path = folder / TENSORS
@@ -159,7 +160,7 @@ def load(folder: Path) -> tuple[dict[str, "Entry"], dict[str, Any]]:
     return entries, config
 
 
-def _keys(name: str, entry: "Entry") -> list[str]:
+def _keys(name: str, entry: Entry) -> list[str]:
     """The tensors of the file that belong to an entry."""
     keys = [f"{name}.old"] if entry.old is not None else []
     if entry.index is not None:
@@ -197,9 +198,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _entry(name: str, row: Mapping[str, Any], file: Any, stored: set[str]) -> "Entry":
-    from retouch.delta import Entry
-
+def _entry(name: str, row: Mapping[str, Any], file: Any, stored: set[str]) -> Entry:
     kind, shape = row["kind"], tuple(row["shape"])
     if kind not in _KINDS:
         raise ValueError(f"{name} has the unknown kind {kind!r}")

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from retouch.deltaentry import Entry
 from retouch.maskview import split
 
 if TYPE_CHECKING:
-    from retouch.delta import Delta, Entry
+    from retouch.delta import Delta
 
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -39,7 +40,7 @@ def ulps(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(negative == other, (x - y).abs(), across)
 
 
-def figures(entry: "Entry") -> dict[str, Any]:
+def figures(entry: Entry) -> dict[str, Any]:
     """See `Delta.stats`."""
     numel = torch.Size(entry.shape).numel()
     row: dict[str, Any] = {

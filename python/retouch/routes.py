@@ -75,13 +75,13 @@ def _table() -> Any:
 def break_even(selection: Selection, dtype: torch.dtype) -> float:
     """The density up to which "auto" samples: from the measured table, by kind, dtype and size.
 
-    The table has float32 and bfloat16; float16 is taken for bfloat16. There is no kernel for elements
-    of float64.
+    A dtype that the table does not have is taken for float32. There is no kernel for elements of
+    float64.
     """
     if dtype == torch.float64 and selection.kind == "elements":
         return 0.0
-    wide = dtype in (torch.float32, torch.float64)
-    by_size = _table()[selection.kind]["float32" if wide else "bfloat16"]
+    by_dtype = _table()[selection.kind]
+    by_size = by_dtype.get(str(dtype).removeprefix("torch."), by_dtype["float32"])
     side = selection.numel**0.5
     fitting = [density for size, density in by_size if size <= side]
     return float(fitting[-1] if fitting else by_size[0][1])

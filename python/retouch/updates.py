@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from retouch.deltaentry import Entry
 from retouch.deltasource import Source
 from retouch.deltaview import ulps
 from retouch.errors import FormatError
@@ -19,7 +20,7 @@ from retouch.masks import Mask, Selection
 from retouch.slots import same_bits
 
 if TYPE_CHECKING:
-    from retouch.delta import Delta, Entry
+    from retouch.delta import Delta
 
 __all__ = ["Updates", "mask_of", "measure"]
 
@@ -164,7 +165,7 @@ def _tensors(
     return shapes, dtypes
 
 
-def _both(name: str, entry: "Entry", source: Source | None) -> tuple[Tensor, Tensor]:
+def _both(name: str, entry: Entry, source: Source | None) -> tuple[Tensor, Tensor]:
     """Old and new values of an entry, flat."""
     old = entry.old
     if old is None and source is not None:
@@ -181,7 +182,7 @@ def _is_upcast(values: Tensor) -> bool:
     return bool((values.to(torch.bfloat16).float() == values).all())
 
 
-def _rank(entry: "Entry", change: Tensor) -> float:
+def _rank(entry: Entry, change: Tensor) -> float:
     dense = torch.zeros(entry.shape, dtype=torch.float32).reshape(-1)
     where = slice(None) if entry.index is None else entry.index.long()
     dense[where] = change.float()
