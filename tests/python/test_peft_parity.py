@@ -2,13 +2,12 @@
 
 import copy
 
+import peft
 import pytest
 import torch
 from tiny_hf import llama, tokens
 
 import retouch
-
-peft = pytest.importorskip("peft", "0.21")
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
