@@ -11,6 +11,7 @@ the dense way and is added: no use of a weight is ever lost.
 
 import functools
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
@@ -147,7 +148,7 @@ def _why_not(module: nn.Module) -> str:
 # --- the layers ----------------------------------------------------------------------------------
 
 
-class Route:
+class Route(ABC):
     """Stands in for the forward of one module while its weight is masked.
 
     Copies and pickles of the module get its own forward back.
@@ -173,9 +174,9 @@ class Route:
             self.index = slot.selection.positions(slot.param.device)
         return self.run(input, module.weight.detach(), slot)
 
+    @abstractmethod
     def run(self, input: Tensor, weight: Tensor, slot: Routed) -> Tensor:
         """The operator."""
-        raise NotImplementedError
 
     @staticmethod
     def why_not(module: Any) -> str:

@@ -167,6 +167,7 @@ def test_non_contiguous_inputs_and_gradients():
     ],
     ids=["linear", "transposed", "embedding", "conv2d"],
 )  # fmt: skip
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # of torch's own check
 def test_operators_are_registered_as_torch_wants(op, args):
     value = torch.zeros(4, requires_grad=True)
     index = torch.tensor([0, 7, 13, 29], dtype=torch.int32)
