@@ -81,7 +81,10 @@ class Reducer:
 
     def _after_forward(self, model: nn.Module, inputs: Any, outputs: Any) -> Any:
         ddp: Any = DistributedDataParallel._get_active_ddp_module()
-        if ddp is None or not torch.is_grad_enabled() or not ddp.require_backward_grad_sync:
+        if ddp is None or not torch.is_grad_enabled():
+            return outputs
+        if not ddp.require_backward_grad_sync:
+            self.done = False  # what comes of this is of this process alone
             return outputs
         if any(p is not self.anchor for p in ddp._module_parameters if p.requires_grad):
             raise EngineError(

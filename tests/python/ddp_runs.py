@@ -146,6 +146,15 @@ def refusals():
             loss_of(forward(rows(0, 0))).backward()
         optimizer.step()
 
+    def synced_too_early():
+        model = net()
+        optimizer = retouch.wrap(torch.optim.SGD, mixed_mask(model), model, lr=0.1)
+        forward = DistributedDataParallel(model)
+        loss_of(forward(rows(0, 0))).backward()
+        with forward.no_sync():
+            loss_of(forward(share(rows(0, 1)))).backward()
+        optimizer.step()
+
     def other(weights, mask):
         model = net(seed=dist.get_rank() if weights else 0)
         chosen = mixed_mask(model)
@@ -166,6 +175,7 @@ def refusals():
     note("without ddp", without_ddp)
     note("ddp first", ddp_first)
     note("never synced", never_synced)
+    note("synced too early", synced_too_early)
     note("other weights", lambda: other(True, False))
     note("other mask", lambda: other(False, True))
     note("in place", changed_in_place)

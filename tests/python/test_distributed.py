@@ -100,6 +100,7 @@ def test_what_is_refused_and_what_to_do(two):
         assert "wrap the model in DistributedDataParallel" in said["without ddp"]
         assert "call retouch.wrap first" in said["ddp first"]
         assert "no_sync" in said["never synced"]
+        assert "no_sync" in said["synced too early"]
         assert "same mask on the same weights" in said["other weights"]
         assert "same mask on the same weights" in said["other mask"]
         assert said["in place"] == "fine"
