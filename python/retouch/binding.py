@@ -26,15 +26,17 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from retouch.eligible import own_parameters
 from retouch.errors import EngineError, FormatError
 from retouch.masks import Selection
+from retouch.migrate import Kept, State, pack_pieces, unpack_pieces
 from retouch.slots import Slot, same_bits
 
 if TYPE_CHECKING:
     from retouch.compact import Engine
 
 STATE_KEY = "retouch"
-_STATE_VERSION = 1
+_STATE_VERSION = 2
 
 
 def innermost(optimizer: Any) -> Optimizer:
@@ -64,6 +66,7 @@ class Binding:
         self._before_step: list[tuple[Slot, Tensor, Tensor]] = []
         self._dry_run = False
         self.measured: dict[str, float] = {}
+        self.kept = Kept()
         self._handles: list[RemovableHandle] = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
@@ -100,7 +103,33 @@ class Binding:
             for slot in self.slots()
             for x in optimizer.state.get(slot.value, {}).values()
             if isinstance(x, Tensor)
+        ) + sum(
+            piece.values.numel() * piece.values.element_size()
+            for state in self.kept.values()
+            for piece in state.values()
         )
+
+    @property
+    def own_clocks(self) -> bool:
+        """Whether the optimizer takes a clock for each coordinate (`AdamW`)."""
+        return bool(getattr(self._optimizer(), "own_clocks", False))
+
+    def holds(self, value: Tensor) -> bool:
+        """Whether the optimizer steps a compact value."""
+        optimizer = self._optimizer()
+        groups = optimizer.param_groups if optimizer is not None else []
+        return any(p is value for group in groups for p in group["params"])
+
+    def state_of(self, value: Tensor) -> State:
+        """The optimizer's state of a compact value; {} before its first step."""
+        optimizer = self._optimizer()
+        return optimizer.state.get(value, {}) if optimizer is not None else {}
+
+    def set_state(self, value: Tensor, state: State) -> None:
+        """Replaces the optimizer's state of a compact value."""
+        optimizer = self._optimizer()
+        if optimizer is not None:
+            optimizer.state[value] = state
 
     def remove(self) -> None:
         """Takes the hooks off; a later step is an error instead of a silent no-op."""
@@ -143,6 +172,9 @@ class Binding:
         self._dry_run = _is_dry_run(optimizer)
         if not self._dry_run:
             self._engine.check_reduced()
+            if self._engine.mover is not None:
+                self._engine.mover.before_step()
+                slots = list(self.slots())
         self._before_step = (
             [(s, s.value.detach().clone(), s.selection.take(s.param)) for s in slots]
             if self._engine.measure
@@ -159,6 +191,7 @@ class Binding:
             if slot.fused != slot.value._version:
                 slot.write()
             slot.fused = None
+        dry = self._dry_run
         if self._dry_run:
             # DCP makes the state by a step with zero gradients and lr 0; no step was taken.
             self._dry_run = False
@@ -169,6 +202,8 @@ class Binding:
         if self._before_step:
             self.measured = _measure(self._before_step)
             self._before_step = []
+        if self._engine.mover is not None and not dry:
+            self._engine.mover.after_step()
 
     def _after_write(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """A closure that sees the weights which its optimizer has just tried."""
@@ -215,7 +250,20 @@ class Binding:
             }  # fmt: skip
             if i == 0:
                 entry["run"] = json.dumps(self._engine.describe(), default=str)
+                entry["past"] = self._pack_past()
+                entry["kept"] = pack_pieces(
+                    {f"{key} {name}": p for name, s in self.kept.items() for key, p in s.items()}
+                )
+                mover = self._engine.mover
+                entry["moving"] = mover.tensors() if mover is not None else {}
             packed[STATE_KEY] = entry
+
+    def _pack_past(self) -> dict[str, list[Any]]:
+        """What has moved and is frozen now: base and present values, since nobody else saves them."""
+        past = {n: p for n, p in self._engine.past.items() if self.holds(self._engine.value_for(n))}
+        known = dict(own_parameters(self._engine.owner())) if past else {}
+        now = [p.selection.take(known[n].detach()).reshape(-1) for n, p in past.items()]
+        return {**pack_pieces(past), "now": now}
 
     def _load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         groups = state_dict["param_groups"]
@@ -260,17 +308,27 @@ class Binding:
                 )
             groups.append(params)
         before = {slot.name for slot in self.slots()}
-        self._engine.restore(parts, before, json.loads(entries[0]["run"]))
+        first = entries[0]
+        past, kept = unpack_pieces(first.get("past")), unpack_pieces(first.get("kept"))
+        run = json.loads(first["run"])
+        self._engine.restore(parts, before, run)
+        self._engine.restore_past(past, list((first.get("past") or {}).get("now", ())))
+        self.kept = Kept()
+        for both, piece in kept.items():
+            key, _, name = both.partition(" ")
+            self.kept.setdefault(name, {})[key] = piece
+        if self._engine.mover is not None:
+            self._engine.mover.restore(run.get("moving"), first.get("moving") or {})
         for params, group in zip(groups, optimizer.param_groups, strict=True):
             group["params"][:] = params
 
 
 def _parse(entry: dict[str, Any]) -> tuple[list[str], dict[str, Part]]:
     """The parameters of a saved group, and what was selected of each."""
-    if entry.get("version") != _STATE_VERSION:
+    if entry.get("version") not in (1, _STATE_VERSION):  # 1 had no moving masks
         raise FormatError(
             f"optimizer state of retouch version {entry.get('version')!r}; "
-            f"this package reads version {_STATE_VERSION}"
+            f"this package reads versions 1 to {_STATE_VERSION}"
         )
     parts: dict[str, Part] = {}
     columns = ("names", "kinds", "shapes", "index", "value", "base", "base_hash")

@@ -17,10 +17,9 @@ schedulers and accumulation see ordinary parameters. The compact values are regi
 """
 
 import contextlib
-import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +30,11 @@ from retouch.binding import Binding, Part, innermost
 from retouch.distributed import Reducer, processes
 from retouch.eligible import own_parameters
 from retouch.errors import BudgetError, EngineError, FormatError, MaskError
+from retouch.figures import figures
 from retouch.masks import Mask, Selection
+from retouch.migrate import Past, Piece, Seeds, merged, move
 from retouch.routes import Path, check_gradient, plan
+from retouch.schedules import Clock, StatePolicy
 from retouch.slots import (
     AGAIN,
     PLACE,
@@ -44,6 +46,9 @@ from retouch.slots import (
     register,
     some,
 )
+
+if TYPE_CHECKING:
+    from retouch.moving import Mover
 
 
 class Engine(Container):
@@ -57,6 +62,8 @@ class Engine(Container):
         measure: Measure the next optimizer steps (two O(k) copies a step); see `metrics`.
         hashes: Fingerprint of each parameter when the mask was set; empty without fingerprints.
         base_buffers: Persistent buffers of the model when the mask was set (copies on the CPU).
+        past: What weights that have moved, and are frozen now, held before.
+        mover: What changes the mask during training; None for a mask that stays.
     """
 
     def __init__(
@@ -72,6 +79,11 @@ class Engine(Container):
         self._owner = weakref.ref(model)
         self._fingerprint = fingerprint
         self.hashes: dict[str, str] = {}
+        self.past = Past()
+        self._at_base = False  # inside of base_weights()
+        self.paused = False  # gradients are taken by a score for the moment
+        self.mover: Mover | None = None
+        self.path_gradient = gradient  # dense while a mover collects gradients
         self._values: dict[str, nn.Parameter] = {}
         self._names: dict[int, str] = {}  # id of a compact value -> name of its weight
         self._bindings: list[Binding] = []
@@ -185,31 +197,64 @@ class Engine(Container):
         if not chosen:
             raise BudgetError("the mask selects nothing, so nothing could be trained")
         self.check()
-        moved = [slot.name for slot in self.slots.values() if slot.has_moved()]
+        moved = [slot.name for slot in self.slots.values() if slot.has_moved()] + [*self.past]
         if moved:
             raise EngineError(
-                f"weights have moved since the mask was set ({some(moved)}); revert them, "
-                f"or {AGAIN}"
+                f"weights have moved since the mask was set ({some(moved)}): Engine.move keeps the "
+                f"base of before; for a new base revert them, or {AGAIN}"
             )
         known = dict(own_parameters(model))
         for name in chosen:
-            _check_trainable(name, known[name])
-        live = [b for b in self._bindings if b.optimizer is not None]
-        missing = [name for name in chosen if name not in self._values] if live else []
-        if missing:
-            raise EngineError(f"the optimizer was built without {some(missing)}; {AGAIN}")
-        self._take_base(model)
+            self.check_trainable(name, known[name])
+        self.check_held(chosen)
+        self.take_base(model)
         for name in [n for n in self.slots if n not in chosen]:
-            self._clear(name)
-        paths = plan(model, chosen, self.gradient)
+            self.clear(name)
+        paths = plan(model, chosen, self.path_gradient)
         for name, selection in chosen.items():
             param = known[name]
-            self._fill(
-                name, param, selection, selection.gather(param.detach()),
-                selection.take(param.detach()), self.hashes.get(name, ""), paths[name],
-            )  # fmt: skip
-        self._freeze_rest(model)
+            value, base = selection.gather(param.detach()), selection.take(param.detach())
+            self.fill(name, param, selection, value, base, paths[name])
+        self.freeze_rest(model)
         self.mask = mask
+
+    def move(
+        self,
+        mask: Mask,
+        *,
+        state: StatePolicy = "intersect",
+        clock: Clock = "coordinate",
+        seeds: Seeds | None = None,
+    ) -> None:
+        """Changes which coordinates may move, in the middle of training.
+
+        What is selected before and after goes on as if nothing had happened; what is selected no
+        longer keeps what it holds, bit for bit. The base stays what it was, also of coordinates
+        that are frozen again, so deltas and reverts are of the whole run.
+
+        Args:
+            mask: Over the parameters of this model; it may select nothing.
+            state: What becomes of the optimizer's state, see `Schedule.state`.
+            clock: See `Schedule.clock`.
+            seeds: With "seeded": gives the state that newcomers start with.
+
+        Raises:
+            MaskError: The mask does not fit the model.
+            EngineError: A bound optimizer does not hold the compact value of a newly selected
+                parameter, or has one clock where several are needed.
+        """
+        if self._fingerprint and not self.hashes and not self.slots:
+            self.take_base(self.owner())
+        move(self, mask, state=state, clock=clock, seeds=seeds)
+
+    def rewind(self) -> None:
+        """Puts every weight that has moved back to its base, bit for bit; state is left as it is."""
+        known = dict(own_parameters(self.owner()))
+        for slot in self.slots.values():
+            slot.selection.put_(slot.param, slot.base, slot.name)
+            slot.sync()
+        for name in [*self.past]:
+            self.past.put_back(name, known[name])
 
     def restore(
         self,
@@ -237,7 +282,7 @@ class Engine(Container):
                 raise MaskError(f"saved {name} has shape {selection.shape}; the model has {have}")
             if base.dtype != param.dtype:
                 raise MaskError(f"saved {name} is {base.dtype}, in this model {param.dtype}")
-            _check_trainable(name, param)
+            self.check_trainable(name, param)
             if value.shape != base.shape or value.numel() != selection.count:
                 raise FormatError(
                     f"saved {name}: {selection.count} selected, but {value.numel()} values and "
@@ -247,30 +292,70 @@ class Engine(Container):
             slot = self.slots[name]
             slot.selection.put_(slot.param, slot.base, name)  # what is not restored is frozen
             if name not in parts:
-                self._clear(name)
-        paths = plan(model, {n: p.selection for n, p in parts.items()}, self.gradient)
-        for name, (selection, value, base, base_hash) in parts.items():
-            self._fill(name, known[name], selection, value, base, base_hash, paths[name])
-            self.slots[name].write()
+                self.clear(name)
         self.hashes = dict(run.get("hashes") or self.hashes)
-        self._freeze_rest(model)
+        paths = plan(model, {n: p.selection for n, p in parts.items()}, self.path_gradient)
+        for name, (selection, value, base, base_hash) in parts.items():
+            self.fill(name, known[name], selection, value, base, paths[name], base_hash)
+            self.slots[name].write()
+        self.freeze_rest(model)
         metadata = dict(run.get("metadata") or {})
         self.mask = Mask({n: s.selection for n, s in self.slots.items()}, model, metadata)
 
     def describe(self) -> dict[str, Any]:
         """What is saved of a run beside masks and values: JSON-able."""
         metadata = self.mask.metadata if self.mask is not None else {}
-        return {"hashes": self.hashes, "metadata": metadata}
+        moving = self.mover.describe() if self.mover is not None else None
+        return {"hashes": self.hashes, "metadata": metadata, "moving": moving}
 
-    def _take_base(self, model: nn.Module) -> None:
+    def base_of(self, name: str) -> Piece | None:
+        """The base of all of a parameter that may move or has moved; None if it never could."""
+        slot, past = self.slots.get(name), self.past.get(name)
+        if slot is None:
+            return past
+        piece = Piece(slot.selection, slot.base.reshape(-1))
+        return piece if past is None else merged(past, piece)
+
+    def restore_past(self, past: dict[str, Piece], now: list[Tensor]) -> None:
+        """Goes back to what had moved and was frozen when a state was saved.
+
+        Raises:
+            MaskError: The model has no such parameter, or another one.
+            FormatError: Sizes or dtypes that do not fit together.
+        """
+        known = dict(own_parameters(self.owner()))
+        for name, piece in past.items():
+            param = known.get(name)
+            if param is None or tuple(param.shape) != piece.selection.shape:
+                raise MaskError(f"saved {name} has shape {piece.selection.shape}; not so the model")
+            if piece.values.dtype != param.dtype:
+                raise MaskError(
+                    f"saved {name} is {piece.values.dtype}, in this model {param.dtype}"
+                )
+        if len(now) != len(past):
+            raise FormatError(f"{len(past)} frozen parameters with the values of {len(now)}")
+        for name in [*self.past]:
+            if name not in past:
+                self.past.put_back(name, known[name])
+        for (name, piece), values in zip(past.items(), now, strict=True):
+            if name in self.past:
+                self.past.put_back(name, known[name])
+            Piece(piece.selection, values).put_(known[name], name)
+            if name in self.slots:
+                self.slots[name].version = known[name]._version
+            self.past[name] = Piece(piece.selection, piece.values.to(known[name].device))
+
+    def take_base(self, model: nn.Module) -> None:
+        """Makes the present weights and buffers the base."""
         named = own_parameters(model) if self._fingerprint else ()
         self.hashes = {name: ops.fingerprint(p) for name, p in named}
         self.base_buffers = {n: b.detach().cpu().clone() for n, b in buffers(model)}
 
-    def _fill(
+    def fill(
         self, name: str, param: nn.Parameter, selection: Selection, value: Tensor, base: Tensor,
-        base_hash: str, path: Path,
+        path: Path, base_hash: str | None = None,
     ) -> None:  # fmt: skip
+        """Gives a parameter a slot with these values."""
         parameter = self.value_for(name)
         value = value.detach().to(device=param.device, dtype=parameter.dtype)
         old = self.slots.get(name)
@@ -279,37 +364,66 @@ class Engine(Container):
         if old is None or old.selection.kind != selection.kind or old.selection != selection:
             parameter.data = value.clone()
             parameter.grad = None
-            for binding in self._bindings:
-                binding.reset(parameter)
+            self.reset_state(parameter)
         else:
             with torch.no_grad():
                 parameter.copy_(value)
         slot = Slot(
-            name, param, selection, parameter, base.detach().to(param.device).clone(), base_hash,
-            path,
+            name, param, selection, parameter, base.detach().to(param.device).clone(),
+            self.hashes.get(name, "") if base_hash is None else base_hash, path,
         )  # fmt: skip
         slot.version = param._version
         self.slots[name] = slot
         register(slot)
         param.requires_grad_(True)
         slot.watch()
+        if self.mover is not None:
+            self.mover.watch(slot)
         slot.collect()  # a gradient from before
 
-    def _clear(self, name: str) -> None:
+    def clear(self, name: str) -> None:
+        """Takes the slot of a parameter away; the weight keeps what it holds."""
         slot = self.slots.pop(name)
         slot.unwatch()
         slot.value.data = slot.value.data.new_empty(0)
         slot.value.grad = None
-        for binding in self._bindings:
-            binding.reset(slot.value)
+        self.reset_state(slot.value)
 
-    def _freeze_rest(self, model: nn.Module) -> None:
+    def freeze_rest(self, model: nn.Module) -> None:
+        """Lets only what has a slot, or is being scored by a mover, require gradients."""
         for name, param in own_parameters(model):
             if name not in self.slots:
                 param.requires_grad_(False)
                 param.grad = None  # else it would count in clip_grad_norm_
+        if self.mover is not None:
+            self.mover.watch_rest()
         if self.reducer is not None:
             self.reducer.mask_changed(model)
+
+    def bindings(self, name: str | None = None) -> list[Binding]:
+        """The bindings of optimizers that still exist; of those that step one compact value."""
+        live = [b for b in self._bindings if b.optimizer is not None]
+        value = self._values.get(name) if name is not None else None
+        return [b for b in live if name is None or (value is not None and b.holds(value))]
+
+    def reset_state(self, value: Tensor) -> None:
+        """Starts the optimizer's state of a compact value afresh."""
+        for binding in self._bindings:
+            binding.reset(value)
+
+    def check_held(self, names: Iterable[str]) -> None:
+        """Raises EngineError if a bound optimizer was built without a compact value."""
+        missing = [n for n in names if n not in self._values] if self.bindings() else []
+        if missing:
+            raise EngineError(f"the optimizer was built without {some(missing)}; {AGAIN}")
+
+    def check_trainable(self, name: str, param: Tensor) -> None:
+        """Raises MaskError for what is no dense floating-point parameter."""
+        if type(param) is not nn.Parameter or not param.is_floating_point() or param.is_meta:
+            raise MaskError(
+                f"{name} is a {type(param).__name__} of {param.dtype} on {param.device}; wanted a "
+                "dense floating-point parameter"
+            )
 
     # --- the optimizer -------------------------------------------------------------------------
 
@@ -358,53 +472,33 @@ class Engine(Container):
         not.
         """
         slots = [s for s in self.slots.values() if not s.swapped]
+        known = dict(own_parameters(self.owner())) if self.past else {}
+        past = dict(self.past) if not self._at_base else {}
+        outermost, self._at_base = not self._at_base, True
         held = [slot.selection.take(slot.param) for slot in slots]
-        params = tuple(slot.param for slot in slots)
+        before = [p.selection.take(known[name]) for name, p in past.items()]
+        params = (*(slot.param for slot in slots), *(known[name] for name in past))
         versions = tuple(p._version for p in params)
         try:
             for slot in slots:
                 slot.swapped = True
                 slot.selection.put_(slot.param, slot.base, slot.name)
+            for name, part in past.items():
+                part.put_(known[name], name)
             yield
         finally:
             for slot, weights in zip(slots, held, strict=True):
                 slot.selection.put_(slot.param, weights, slot.name)
                 slot.swapped = False
+            for (name, part), weights in zip(past.items(), before, strict=True):
+                part.selection.put_(known[name], weights, name)
+            self._at_base = not outermost
             # The weights are what they were, so graphs that saved them are still right.
             torch._C._autograd._unsafe_set_version_counter(params, versions)
 
     def metrics(self) -> dict[str, float]:
-        """Figures for a log.
-
-        Returns:
-            `density` (selected of all parameters), `selected`, `state_bytes` (of the optimizer),
-            `delta_bytes` (positions and values of an uncompressed delta), with several processes
-            `sent_bytes` (gradients that each sends at a step); and of the last step, if
-            `measure` was on, `update_norm` (length of the step, in float32 values) and
-            `lost_updates` (the fraction of the selected whose value moved and whose rounded weight
-            did not).
-        """
-        selected = sum(slot.selection.count for slot in self.slots.values())
-        total = sum(p.numel() for _, p in own_parameters(self.owner()))
-        delta = 0
-        for slot in self.slots.values():
-            index = slot.selection.index
-            delta += slot.selection.count * slot.base.element_size()
-            delta += index.numel() * index.element_size() if index is not None else 0
-        live = [b for b in self._bindings if b.optimizer is not None]
-        figures = {
-            "density": selected / max(total, 1),
-            "selected": float(selected),
-            "state_bytes": float(sum(b.state_bytes() for b in live)),
-            "delta_bytes": float(delta),
-        }
-        if self.reducer is not None:
-            figures["sent_bytes"] = float(self.reducer.sent)
-        measured = [b.measured for b in live if b.measured]
-        if measured:
-            figures["update_norm"] = math.hypot(*(m["update_norm"] for m in measured))
-            figures["lost_updates"] = sum(m["lost"] for m in measured) / max(selected, 1)
-        return figures
+        """Figures for a log, see `retouch.figures`."""
+        return figures(self)
 
     # --- torch.nn ------------------------------------------------------------------------------
 
@@ -412,6 +506,8 @@ class Engine(Container):
         """Takes everything off the model (see `unwrap`)."""
         if any(slot.swapped for slot in self.slots.values()):
             raise EngineError("unwrap inside of base_weights()")
+        if self.mover is not None:
+            self.mover.remove()
         for binding in self._bindings:
             binding.remove()
         for slot in self.slots.values():
@@ -445,11 +541,3 @@ class Engine(Container):
 def _after_load(engine: nn.Module, incompatible: Any) -> None:
     if isinstance(engine, Engine):
         engine.sync_from_weights()
-
-
-def _check_trainable(name: str, param: Tensor) -> None:
-    if type(param) is not nn.Parameter or not param.is_floating_point() or param.is_meta:
-        raise MaskError(
-            f"{name} is a {type(param).__name__} of {param.dtype} on {param.device}; wanted a "
-            "dense floating-point parameter"
-        )

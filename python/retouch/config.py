@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 
 from retouch.errors import FormatError, HyperparameterError
 from retouch.names import CUSTOM, close_to, name_of_score, score_named, score_names
+from retouch.schedules import Schedule
 
 __all__ = [
     "SelectConfig",
@@ -174,6 +175,10 @@ class SelectConfig:
     samples: int | None = _help("At most this many samples of the data are scored on.")
     max_batches: int | None = _help("At most this many batches of the data are scored on.")
     seed: int = _help("Of random masks, and of shuffling and dropout while scoring.", 0)
+    schedule: Schedule | None = _help(
+        "When the mask changes during training, see `Schedule`; None: it stays. `retouch.wrap` and "
+        "the Trainer follow it, `retouch.select` makes one mask."
+    )
     recipe: str | None = _help("The recipe that this config came from, for the record.")
 
     def __post_init__(self) -> None:
@@ -196,6 +201,10 @@ class SelectConfig:
             for layer in self.layers:
                 _check_int("layers", layer, 0)
         object.__setattr__(self, "score", _decoded(self.score))
+        if isinstance(self.schedule, Mapping):
+            object.__setattr__(self, "schedule", Schedule.from_dict(self.schedule))
+        elif not isinstance(self.schedule, Schedule | None):
+            raise self._wrong(f"schedule={self.schedule!r}; wanted a Schedule")
         self._check_counted()
         self._check_budget()
         self._check_score()
@@ -300,6 +309,7 @@ class SelectConfig:
         """The fields as JSON-able values; a function that has no name becomes ``"custom"``."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         values["score"] = _encoded(self.score)
+        values["schedule"] = self.schedule.to_dict() if self.schedule is not None else None
         return values
 
     @classmethod

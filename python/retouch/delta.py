@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from retouch import deltafile, deltaview, hub, ops, updates
 from retouch.deltaentry import Entry
 from retouch.deltasource import Key, Source, check_ties, memory, named
+from retouch.eligible import own_parameters
 from retouch.errors import BaseMismatchError, EngineError, FormatError, ShapeError
 from retouch.masks import Mask
 from retouch.slots import PLACE, same_bits
@@ -110,7 +111,7 @@ class Delta(Mapping[str, Entry]):
 
     @classmethod
     def from_model(cls, model: nn.Module) -> Self:
-        """What has moved in a wrapped model since its mask was set; O(selected), and exact.
+        """What has moved in a wrapped model since its first mask was set; O(selected), and exact.
 
         Raises:
             EngineError: The model is not wrapped.
@@ -119,17 +120,22 @@ class Delta(Mapping[str, Entry]):
 
         engine = get_engine(model)
         entries = {}
-        for name, slot in engine.slots.items():
-            now = slot.selection.take(slot.param)
-            moved = ~same_bits(now, slot.base).reshape(-1)
+        for name, param in own_parameters(engine.owner()):
+            piece = engine.base_of(name)
+            if piece is None:
+                continue
+            now = piece.selection.take(param.detach()).reshape(-1)
+            moved = ~same_bits(now, piece.values)
             if not bool(moved.any()):
                 continue
             where = moved.nonzero().squeeze(1).cpu()
-            index = slot.selection.flat()[where]
-            value, old = (x.reshape(-1).cpu()[where] for x in (now, slot.base))
+            index = piece.selection.flat()[where]
+            value, old = (x.cpu()[where] for x in (now, piece.values))
+            slot = engine.slots.get(name)
+            base_hash = slot.base_hash if slot is not None else engine.hashes.get(name)
             entries[name] = Entry(
-                "sparse-replace", tuple(slot.param.shape), slot.param.dtype, index, value, old,
-                slot.base_hash or None, ops.fingerprint(slot.param),
+                "sparse-replace", tuple(param.shape), param.dtype, index, value, old,
+                base_hash or None, ops.fingerprint(param),
             )  # fmt: skip
         source = Source(engine.owner())
         for name, before in engine.base_buffers.items():

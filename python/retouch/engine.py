@@ -13,9 +13,11 @@ from torch.optim import Optimizer
 from retouch import ops
 from retouch.binding import innermost
 from retouch.compact import Engine
+from retouch.config import SelectConfig, resolve
 from retouch.eligible import own_parameters
 from retouch.errors import EngineError, FrozenError, HyperparameterError
 from retouch.masks import Mask, Selection
+from retouch.passes import LossFn
 from retouch.routes import Gradient
 from retouch.slots import PLACE, Copy, Slot, buffers, same_bits, some
 
@@ -23,6 +25,7 @@ __all__ = [
     "Engine",
     "Slot",
     "Untouched",
+    "follow",
     "get_engine",
     "install",
     "unwrap",
@@ -94,7 +97,7 @@ def install(
             for name, param in own_parameters(model):
                 if param.is_floating_point():
                     engine.value_for(name)
-            engine._freeze_rest(model)
+            engine.freeze_rest(model)
     except BaseException:
         engine.remove()
         raise
@@ -125,9 +128,11 @@ def get_engine(model: nn.Module) -> Engine:
 
 def wrap(
     optimizer: Any,
-    mask: Mask | None,
+    mask: Mask | SelectConfig | str | None,
     model: nn.Module | None = None,
     *,
+    data: Any = None,
+    loss_fn: LossFn | None = None,
     fingerprint: bool = True,
     gradient: Gradient = "auto",
     **kwargs: Any,
@@ -139,9 +144,13 @@ def wrap(
             `kwargs`), or an instance over parameters of the model: its groups are edited in place,
             so schedulers and Accelerate's wrapper stay valid; frozen parameters are dropped,
             options are kept, and state that it has already is cut down to the selected coordinates.
-        mask: What may move. None: nothing, until `Engine.set_mask` or the optimizer's
-            `load_state_dict` brings a mask; `model` is needed then.
+        mask: What may move. A config, or the name of a recipe, for a mask that moves by its
+            `SelectConfig.schedule` (`model` is needed then, and `retouch.AdamW` is the optimizer
+            that can give each coordinate a clock of its own). None: nothing, until
+            `Engine.set_mask` or the optimizer's `load_state_dict` brings a mask; `model` is needed.
         model: The model; default the one that the mask was selected on.
+        data: With a config, for scores that read data: see `retouch.select`.
+        loss_fn: With a config: see `retouch.select`.
         fingerprint: See `install`.
         gradient: See `install`: "auto", "sampled" or "dense".
         **kwargs: For a class.
@@ -158,19 +167,23 @@ def wrap(
         >>> optimizer = retouch.wrap(torch.optim.AdamW(model.parameters(), lr=1e-4), mask)
         >>> optimizer = retouch.wrap(retouch.AdamW, mask, lr=1e-4)  # fused step in Rust
     """
-    if model is None:
-        model = mask.model() if mask is not None else None
+    if model is None and isinstance(mask, Mask):
+        model = mask.model()
     if model is None:
         raise EngineError(
-            "the mask does not know its model (is it None, or from a file?): pass model="
+            "the mask does not know its model (is it None, a config, or from a file?): pass model="
         )
+    config = resolve(mask, {}) if isinstance(mask, SelectConfig | str) else None
+    if config is None and (data is not None or loss_fn is not None):
+        raise HyperparameterError("data and loss_fn are for a config; a mask is selected already")
     is_class = not isinstance(optimizer, Optimizer) and not hasattr(optimizer, "optimizer")
     if not is_class and kwargs:
         raise HyperparameterError(
             f"{some(kwargs)}: options are for an optimizer class; an instance has its own"
         )
     names = {id(p): name for name, p in own_parameters(model)}
-    engine = install(model, mask, fingerprint=fingerprint, gradient=gradient)
+    fixed = mask if isinstance(mask, Mask) else None
+    engine = install(model, fixed, fingerprint=fingerprint, gradient=gradient)
     try:
         if is_class:
             values = [slot.value for slot in engine.slots.values()]
@@ -178,10 +191,39 @@ def wrap(
         else:
             _take_over(engine, innermost(optimizer), names)
         engine.bind(optimizer)
+        if config is not None:
+            follow(engine, config, data=data, loss_fn=loss_fn)
     except BaseException:
         engine.remove()
         raise
     return optimizer
+
+
+def follow(
+    engine: Engine,
+    config: SelectConfig,
+    *,
+    data: Any = None,
+    loss_fn: LossFn | None = None,
+    start: bool = True,
+) -> None:
+    """Has the mask of an engine follow a config and its schedule.
+
+    Args:
+        engine: Bound to its optimizer already.
+        config: Without a schedule it selects once.
+        data: For scores that read data.
+        loss_fn: For them.
+        start: Make the first mask now; False where a state dict will bring it.
+
+    Raises:
+        HyperparameterError: A schedule that does not fit the config or the run.
+    """
+    from retouch.moving import Mover  # it selects, and select stands right of the engine's parts
+
+    engine.mover = Mover(engine, config, data, loss_fn)
+    if start:
+        engine.mover.start()
 
 
 def unwrap(model: nn.Module) -> None:
@@ -212,15 +254,15 @@ def verify_untouched(model: nn.Module) -> Untouched:
     owner, touched = engine.owner(), []
     known = dict(own_parameters(owner))
     for name, param in known.items():
-        slot = engine.slots.get(name)
-        if slot is None:
+        piece = engine.base_of(name)
+        if piece is None:
             now = ops.fingerprint(param)
-        elif slot.selection.kind == "all" and tuple(param.shape) == slot.selection.shape:
+        elif piece.selection.kind == "all" and tuple(param.shape) == piece.selection.shape:
             continue
-        elif tuple(param.shape) != slot.selection.shape or param.dtype != slot.base.dtype:
+        elif tuple(param.shape) != piece.selection.shape or param.dtype != piece.values.dtype:
             now = ""
         else:
-            now = ops.fingerprint(param, slot.selection.flat(), slot.base.reshape(-1))
+            now = ops.fingerprint(param, piece.selection.flat(), piece.values)
         if now != engine.hashes.get(name):
             touched.append(name)
     touched += [f"{name} (gone)" for name in engine.hashes if name not in known]

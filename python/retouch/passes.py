@@ -48,7 +48,7 @@ def gradients(
     model: nn.Module, eligible: Eligible, take: Callable[[str, Tensor], None], training: bool
 ) -> Iterator[None]:
     """Hands each gradient of the eligible parameters to `take` and frees it; the model is left as it was."""
-    if PLACE in model._modules:
+    if not getattr(model._modules.get(PLACE), "paused", True):
         raise EngineError(
             f"{type(model).__name__} is wrapped, so its gradients go to the optimizer's values: "
             "select before retouch.wrap, or after retouch.unwrap"

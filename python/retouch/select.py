@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from retouch import ops
 from retouch.batches import Batches
+from retouch.collected import Collected
 from retouch.config import BUDGETS, SelectConfig, resolve
 from retouch.eligible import Candidate, as_matrices, as_units, candidates, from_units
 from retouch.errors import BudgetError, HyperparameterError
@@ -127,7 +128,7 @@ def _choose(
     elif absolute:
         scores = {name: c.param.detach() for name, c in masked.items()}
     else:
-        if data is not None:
+        if data is not None and not isinstance(data, Collected):
             data = Batches(data, samples=config.samples, max_batches=config.max_batches)
         with undisturbed(model, config.seed):
             scores = score(model, masked, data, loss_fn)

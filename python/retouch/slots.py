@@ -2,7 +2,7 @@
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -108,6 +108,8 @@ class Slot:
     version: int = -1  # of the weight, after the last write of the engine
     fused: int | None = None  # version of the value that a fused optimizer has already scattered
     swapped: bool = False  # the weight holds the base for the moment
+    tap: Callable[[str, Tensor], None] | None = None  # sees each dense gradient
+    waits: bool = False  # gradients stay with the weight until a mover has selected by them
     _hook: RemovableHandle | None = field(default=None, repr=False)
     _routes: list[Route] = field(default_factory=list, repr=False)
 
@@ -135,6 +137,8 @@ class Slot:
 
     def collect(self) -> None:
         """Adds the selected entries of the weight's gradient to the value's; frees the former."""
+        if self.waits:
+            return
         grad, self.param.grad = self.param.grad, None
         if grad is None:
             return
@@ -155,6 +159,8 @@ class Slot:
                 f"{self.name} was resized from {self.selection.shape} to {tuple(grad.shape)}; {AGAIN}"
             )
         with torch.no_grad():
+            if self.tap is not None:
+                self.tap(self.name, grad)
             if self.value.grad is None:
                 self.value.grad = self.selection.gather(grad, self.name)
             else:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from retouch import ops
 from retouch.batches import Batches, to_device
+from retouch.collected import Collected
 from retouch.eligible import own_parameters
 from retouch.errors import HyperparameterError, ScoreError
 from retouch.names import register_score as register
@@ -81,6 +82,8 @@ class GradStat(Score):
         """
         if data is None:
             raise ScoreError(f"the score {self!r} needs data: pass data= (batches with labels)")
+        if isinstance(data, Collected):
+            return self._finished(self._of_training(data, eligible), data.steps)
         sums = {
             name: torch.zeros_like(
                 c.param, dtype=torch.float32, memory_format=torch.contiguous_format
@@ -116,6 +119,9 @@ class GradStat(Score):
                 "DataLoader)"
             )
         _report_unreached(sums.keys() - taken.reached)
+        return self._finished(sums, units)
+
+    def _finished(self, sums: dict[str, Tensor], units: int) -> dict[str, Tensor]:
         for total in sums.values():
             if self.outer == "mean" or self._draws > 1:
                 total.div_(units if self.outer == "mean" else self._draws)
@@ -124,6 +130,14 @@ class GradStat(Score):
             elif self.post == "sqrt":
                 total.sqrt_()
         return sums
+
+    def _of_training(self, data: Collected, eligible: Eligible) -> dict[str, Tensor]:
+        if self.level == "sample" or self._cumulative:
+            raise ScoreError(
+                f"{self!r} needs the gradients of single samples, or running sums; of the training "
+                "there are those of whole steps: use level='batch' and outer='sum' or 'mean'"
+            )
+        return data.sum(self.map, {name: c.param for name, c in eligible.items()})
 
     @property
     def _cumulative(self) -> bool:

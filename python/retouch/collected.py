@@ -1,0 +1,89 @@
+"""Gradients of the training itself, collected for a score."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from retouch import ops
+from retouch.errors import ScoreError
+
+__all__ = ["Collected"]
+
+
+class Collected:
+    """Sums over optimizer steps of the accumulated gradients, or of maps of them.
+
+    A score of gradients takes it in the place of data. A unit is a step: its gradient is what the
+    optimizer would get of the weight, summed over micro-batches and averaged over processes, before
+    clipping.
+
+    Args:
+        maps: Of "id", "abs" and "square", which sums will be asked for.
+
+    Attributes:
+        steps: How many have been collected.
+        sums: Float32 sums by map and parameter.
+    """
+
+    def __init__(self, maps: Iterable[str] = ("id",)) -> None:
+        self.steps = 0
+        self.sums: dict[str, dict[str, Tensor]] = {m: {} for m in sorted(set(maps))}
+        self._step: dict[str, Tensor] = {}
+
+    def add(self, name: str, grad: Tensor) -> None:
+        """Adds the gradient of one backward pass.
+
+        Args:
+            name: Of the parameter.
+            grad: Of its shape.
+        """
+        if name not in self._step:
+            self._step[name] = _zeros(grad)
+        ops.accumulate_(self._step[name], grad.detach(), name)
+
+    def step_done(self, processes: int) -> None:
+        """Closes a step: the gradients that were added become one unit."""
+        for name in sorted(self._step):
+            grad = self._step[name]
+            if processes > 1:
+                dist.all_reduce(grad.div_(processes))
+            for map_, sums in self.sums.items():
+                if name not in sums:
+                    sums[name] = _zeros(grad)
+                ops.accumulate_(sums[name], grad, name, map=map_)
+        self._step = {}
+        self.steps += 1
+
+    def sum(self, map_: str, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies of the sums; zeros for parameters that had no gradient.
+
+        Raises:
+            ScoreError: Nothing has been collected.
+        """
+        if not self.steps:
+            raise ScoreError("no training step has been collected yet")
+        have = self.sums[map_]
+        return {n: have[n].clone() if n in have else _zeros(p) for n, p in like.items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold, by key."""
+        found = {f"{m} {n}": t for m, sums in self.sums.items() for n, t in sums.items()}
+        return found | {f"step {n}": t for n, t in self._step.items()}
+
+    def restore(self, steps: int, tensors: Mapping[str, Tensor]) -> None:
+        """Goes back to a checkpoint."""
+        self.steps, self._step = steps, {}
+        for sums in self.sums.values():
+            sums.clear()
+        for both, tensor in tensors.items():
+            key, _, name = both.partition(" ")
+            if key == "step":
+                self._step[name] = tensor.clone()
+            elif key in self.sums:
+                self.sums[key][name] = tensor.clone()
+
+
+def _zeros(like: Tensor) -> Tensor:
+    return torch.zeros(like.shape, dtype=torch.float32, device=like.device)
