@@ -194,19 +194,23 @@ class NextMask:
         config, s = self._plain, self._schedule
         if s.ramp == "constant" or s.change == "drop_grow" or s.rounds is None:
             return config
-        share, rounds = s.share(number), s.rounds
+        numel = sum(c.numel for c in self._masked.values())
         if config.granularity == "element" and config.scope == "global":
             total = self._total(config)
-            k = max(1, math.floor(total * share))
-            if s.change == "grow" and s.ramp == "linear" and s.density_from is None:
-                done = min(number + 1, rounds)  # the remainder goes to the first changes, as in ID3
-                k = done * (total // rounds) + min(done, total % rounds)
+            k = max(1, math.floor(numel * s.budget(number, total / numel)))
+            if number + 1 >= s.rounds:
+                k = total
+            elif s.change == "grow" and s.ramp == "linear" and s.density_from is None:
+                # The remainder goes to the first changes, as in ID3 (arXiv 2408.14470).
+                done = number + 1
+                k = done * (total // s.rounds) + min(done, total % s.rounds)
             return dataclasses.replace(config, density=None, k=k)
         if config.density is None:
             raise HyperparameterError(
-                f"Schedule: ramp={s.ramp!r} with scope={config.scope!r} needs a density"
+                f"Schedule: ramp={s.ramp!r} with scope={config.scope!r} and "
+                f"granularity={config.granularity!r} needs a density"
             )
-        return dataclasses.replace(config, density=config.density * share)
+        return dataclasses.replace(config, density=s.budget(number, config.density))
 
     def _total(self, config: SelectConfig) -> int:
         if config.k is not None:

@@ -92,6 +92,8 @@ class AdamW(_Fused):
         HyperparameterError: An option out of its range.
     """
 
+    own_clocks = True  # state["step"] may be an int32 tensor of the value's shape
+
     def __init__(
         self,
         params: ParamsT,

@@ -96,8 +96,8 @@ class Schedule:
         "constant",
     )
     density_from: float | None = _help(
-        "The budget of the first change, as a fraction of the final one; with a ramp. None: 1/rounds "
-        "for grow, 1 for others.",
+        "With a ramp: the density of the first change. Default: 1/rounds of the last for grow, 1 "
+        "for shrink, the last for replace.",
     )
     rounds: int | None = _help("Changes until the ramp has reached its end, which then holds.")
     rewind: Literal["none", "dropped", "all"] = _help(
@@ -163,19 +163,20 @@ class Schedule:
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise self._wrong(f"{name}={value!r}; wanted an integer >= {least}")
 
-    def share(self, number: int) -> float:
-        """The share of the final budget at a change; the first is number 0."""
-        if self.ramp == "constant" or self.change == "drop_grow":
-            return 1.0
-        rounds = self.rounds or 1
-        if number + 1 >= rounds:
-            return 1.0
+    def budget(self, number: int, last: float) -> float:
+        """The budget of a change.
+
+        Args:
+            number: Of the change; the first is 0.
+            last: Where the ramp ends, in any unit in which 1 would be all that competes.
+        """
+        if self.ramp == "constant" or self.change == "drop_grow" or self.rounds is None:
+            return last
         first = self.density_from
         if first is None:
-            first = 1 / rounds if self.change == "grow" else 1.0
-        if self.change == "grow" and self.ramp == "linear" and self.density_from is None:
-            return (number + 1) / rounds
-        return first + (1.0 - first) * self._progress(number / max(rounds - 1, 1))
+            first = {"grow": last / self.rounds, "shrink": 1.0}.get(self.change, last)
+        done = min(number / max(self.rounds - 1, 1), 1.0)
+        return last if done == 1.0 else first + (last - first) * self._progress(done)
 
     def dropped(self, number: int) -> float:
         """The fraction that is dropped at a change; the first is number 0."""

@@ -310,8 +310,8 @@ def test_states_that_do_not_fit():
     plain["param_groups"][0]["params"] = state["param_groups"][0]["params"]
     with pytest.raises(EngineError, match="no retouch entry"):
         optimizer.load_state_dict(plain)
-    with pytest.raises(FormatError, match="version 2"):
-        optimizer.load_state_dict(broken(version=2))
+    with pytest.raises(FormatError, match="version 3"):
+        optimizer.load_state_dict(broken(version=3))
     entry = state["param_groups"][0]["retouch"]
     names = list(entry["names"])
     with pytest.raises(MaskError, match=r"no parameter .*ghost"):

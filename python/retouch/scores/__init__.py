@@ -21,6 +21,7 @@ from retouch.scores.weights import (
     Difference,
     LowRankMagnitude,
     Magnitude,
+    Moved,
     Random,
     Stripes,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "Gradient",
     "LowRankMagnitude",
     "Magnitude",
+    "Moved",
     "Random",
     "Score",
     "Sensitivity",

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from retouch import hub, ops
 from retouch.deltasource import Source
-from retouch.eligible import Candidate, as_matrices, from_matrices
-from retouch.errors import HyperparameterError, ScoreError
+from retouch.eligible import PLACE, Candidate, as_matrices, from_matrices
+from retouch.errors import EngineError, HyperparameterError, ScoreError
 from retouch.names import CUSTOM
 from retouch.names import register_score as register
 from retouch.passes import Eligible, LossFn
@@ -267,6 +267,45 @@ class Difference(Score):
         if isinstance(self.reference, os.PathLike):
             return Difference(os.fspath(self.reference)).to_dict()
         return CUSTOM
+
+
+@register("moved")
+@dataclass(frozen=True)
+class Moved(Score):
+    """|weight - base| of a model in training: how far each weight has gone since it was wrapped.
+
+    LT-SFT (arXiv 2110.07560), LoTA (2406.16797) and movement in general; for schedules.
+    """
+
+    def __call__(
+        self,
+        model: nn.Module,
+        eligible: Eligible,
+        data: Any = None,
+        loss_fn: LossFn | None = None,
+    ) -> dict[str, Tensor]:
+        """See `Score`.
+
+        Raises:
+            EngineError: The model is not wrapped.
+        """
+        engine: Any = model._modules.get(PLACE)
+        if engine is None:
+            raise EngineError(
+                "the score 'moved' is the way from the base of a wrapped model: use it in a config "
+                "with a schedule, or scores.Difference(reference)"
+            )
+        scores = {}
+        for name, candidate in eligible.items():
+            score = torch.zeros(candidate.shape, dtype=torch.float32, device=candidate.param.device)
+            piece = engine.base_of(name)
+            if piece is not None:
+                wide = ops.value_dtype(candidate.param.dtype)
+                now = piece.selection.take(candidate.param.detach()).to(wide)
+                base = piece.values.view(piece.selection.value_shape).to(wide)
+                piece.selection.scatter_(score, (now - base).abs_().to(torch.float32), name)
+            scores[name] = score
+        return scores
 
 
 def _filled(value: float, candidate: Candidate) -> Tensor:
