@@ -3,6 +3,8 @@
 The engine itself is `retouch.compact.Engine`, whose module says how it works.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -206,6 +208,7 @@ def follow(
     data: Any = None,
     loss_fn: LossFn | None = None,
     start: bool = True,
+    around: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> None:
     """Has the mask of an engine follow a config and its schedule.
 
@@ -215,13 +218,14 @@ def follow(
         data: For scores that read data.
         loss_fn: For them.
         start: Make the first mask now; False where a state dict will bring it.
+        around: A context in which data are read for scores.
 
     Raises:
         HyperparameterError: A schedule that does not fit the config or the run.
     """
     from retouch.moving import Mover  # it selects, and select stands right of the engine's parts
 
-    engine.mover = Mover(engine, config, data, loss_fn)
+    engine.mover = Mover(engine, config, data, loss_fn, around)
     if start:
         engine.mover.start()
 

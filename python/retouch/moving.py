@@ -2,7 +2,8 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ class Mover:
         config: With the schedule.
         data: For scores that read data, see `retouch.select`.
         loss_fn: For them.
+        around: A context in which data are read for scores.
 
     Attributes:
         steps: Optimizer steps taken.
@@ -53,6 +55,7 @@ class Mover:
         config: SelectConfig,
         data: Any = None,
         loss_fn: LossFn | None = None,
+        around: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> None:
         self.config = config
         self.schedule = config.schedule or Schedule()
@@ -65,6 +68,7 @@ class Mover:
         found = candidates(engine.owner(), config)
         self._masked: dict[str, Candidate] = {n: c for n, c in found.items() if c.state == "masked"}
         self._next = NextMask(engine, config, self._masked, found, data, loss_fn)
+        self._around = around
         self._hooks: list[RemovableHandle] = []
         self._open = False
         self._collected: Collected | None = None
@@ -208,7 +212,8 @@ class Mover:
             slot.unwatch()
         engine.paused = True
         try:
-            yield
+            with self._around():
+                yield
         finally:
             engine.paused = False
             for slot in engine.slots.values():

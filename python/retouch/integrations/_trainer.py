@@ -9,12 +9,18 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import Trainer
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_utils import IntervalStrategy
 
 from retouch.binding import innermost
 from retouch.config import SelectConfig
-from retouch.engine import Engine, get_engine, wrap
+from retouch.engine import Engine, follow, get_engine, wrap
 from retouch.errors import EngineError, MaskError
 from retouch.integrations import _checkpoint
 from retouch.integrations._calibration import Batch, data_and_loss, undisturbed
@@ -101,16 +107,37 @@ class SelectiveTrainer(Trainer):
             # when Accelerate has prepared model and optimizer.
             wrap(optimizer, None, model, gradient=run.gradient)
             run.engine = get_engine(model)
-        elif run.start is not None:
+            self._follow(start=False)
+        elif run.start is not None and not moves(run.config):
             mask, base = run.start
             trained = _checkpoint.swap(model, mask, base)
             wrap(optimizer, mask, model, gradient=run.gradient)
             _checkpoint.swap(model, mask, trained)
             run.engine = get_engine(model)
             run.engine.sync_from_weights()
+        elif moves(run.config):
+            wrap(optimizer, None, model, gradient=run.gradient)
+            run.engine = get_engine(model)
+            self._follow(start=True)
         else:
             wrap(optimizer, self._mask(model), model, gradient=run.gradient)
             run.engine = get_engine(model)
+
+    def _follow(self, start: bool) -> None:
+        """Has the mask move by the schedule of the config, if it has one."""
+        run = self._retouch
+        if not moves(run.config):
+            return
+        if run.start is not None:
+            raise EngineError(
+                "a run whose mask moves can go on only from a checkpoint with its optimizer state"
+            )
+        assert run.engine is not None and isinstance(run.config, SelectConfig)
+        data, loss = data_and_loss(self, run.data)
+        follow(
+            run.engine, run.config, data=data, loss_fn=loss, start=start,
+            around=lambda: undisturbed(self),
+        )  # fmt: skip
 
     def _mask(self, model: nn.Module) -> Mask:
         run = self._retouch
@@ -213,6 +240,34 @@ class SelectiveTrainer(Trainer):
             named = dict(model.named_parameters())
             mask.check(model)
             run.start = mask, {name: s.take(named[name].detach()) for name, s in mask.items()}
+
+
+def moves(config: SelectConfig | Mask) -> bool:
+    """Whether the mask changes during training."""
+    return isinstance(config, SelectConfig) and config.schedule is not None
+
+
+class Epochs(TrainerCallback):
+    """Tells the mover of a run when an epoch is over, and the run when all weights are frozen."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stops a run in which nothing may move any more."""
+        mover = self._run.engine.mover if self._run.engine is not None else None
+        if mover is not None and mover.finished:
+            control.should_training_stop = True
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Counts an epoch."""
+        mover = self._run.engine.mover if self._run.engine is not None else None
+        if mover is not None:
+            mover.new_epoch()
 
 
 def arguments_for(

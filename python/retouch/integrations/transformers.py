@@ -28,8 +28,9 @@ from retouch.config import SelectConfig, resolve
 from retouch.engine import get_engine
 from retouch.errors import EngineError, HyperparameterError
 from retouch.integrations._calibration import Batch
-from retouch.integrations._trainer import Checkpoint, Run, SelectiveTrainer
+from retouch.integrations._trainer import Checkpoint, Epochs, Run, SelectiveTrainer, moves
 from retouch.masks import Mask
+from retouch.optim import AdamW
 from retouch.routes import Gradient, check_gradient
 from retouch.scores import as_score
 
@@ -74,7 +75,8 @@ def attach(
             ``"delta"``: they hold the difference to the model that the trainer was given
             (`retouch.Delta.load` reads it); resuming needs that model again.
         optimizer: A class, or a class and its arguments, instead of the one that
-            ``TrainingArguments.optim`` names: ``retouch.AdamW`` or ``(retouch.SGD, {"momentum":
+            ``TrainingArguments.optim`` names (for a config whose mask moves `retouch.AdamW` is the
+            default, since it can count the steps of each coordinate): ``retouch.AdamW`` or ``(retouch.SGD, {"momentum":
             0.9})``. It gets the learning rate, and betas and epsilon if it knows them, from
             ``TrainingArguments``.
         gradient: How gradients are taken: "auto", "sampled" or "dense", see `retouch.wrap`.
@@ -110,6 +112,8 @@ def attach(
         _optimizer(optimizer),
         gradient,
     )
+    if moves(run.config) and run.optimizer is None and trainer.optimizer is None:
+        run.optimizer = AdamW, {"weight_decay": trainer.args.weight_decay}
     if run.optimizer is not None and trainer.optimizer is not None:
         raise HyperparameterError(
             "the trainer was given an instance by optimizers=, so optimizer= cannot replace it: "
@@ -117,6 +121,8 @@ def attach(
         )
     kind = type(trainer)
     vars(trainer)["_retouch"] = run
+    if moves(run.config):
+        trainer.add_callback(Epochs(run))
     trainer.__class__ = type(
         kind.__name__, (SelectiveTrainer, kind), {"__module__": kind.__module__}
     )
