@@ -303,6 +303,23 @@ class SelectConfig:
         counted = self.counted_in_budget
         return counted if isinstance(counted, bool) else kind in counted
 
+    @classmethod
+    def named(cls, name: str, **overrides: Any) -> "SelectConfig":
+        """The config of a recipe, or of a score, with some fields replaced.
+
+        Args:
+            name: See `retouch.recipes.list()`.
+            **overrides: Fields; a budget replaces any other budget, and a dict for `schedule`
+                replaces fields of the recipe's own.
+
+        Raises:
+            HyperparameterError: An unknown name, or fields that do not fit together.
+
+        Example:
+            >>> SelectConfig.named("lisa", k=4, schedule={"every": 5})
+        """
+        return resolve(name, overrides)
+
     # --- JSON ------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
@@ -406,7 +423,11 @@ def resolve(config: SelectConfig | str, overrides: Mapping[str, Any]) -> SelectC
         )
     if any(overrides.get(name) is not None for name in BUDGETS):
         base = {key: value for key, value in base.items() if key not in BUDGETS}
-    return SelectConfig(**base | dict(overrides))
+    overrides = dict(overrides)
+    own = base.get("schedule")
+    if isinstance(overrides.get("schedule"), Mapping) and isinstance(own, Schedule):
+        overrides["schedule"] = Schedule.from_dict(own.to_dict() | overrides["schedule"])
+    return SelectConfig(**base | overrides)
 
 
 def _names(field_name: str, value: Any) -> list[str] | str | None:

@@ -282,13 +282,9 @@ def test_budgets():
         train(model, optimizer, range(6), masks)
         assert counts(masks) == want, name
     # B=10, T=4 of ID3's sheet
-    increments = Schedule(
-        every=1, collect=1, now=True, change="grow", ramp="linear", rounds=4
-    )
+    increments = Schedule(every=1, collect=1, now=True, change="grow", ramp="linear", rounds=4)
     model = net()
-    optimizer = wrap(
-        retouch.AdamW, config(increments, score="gradient", k=10), model, lr=0.01
-    )
+    optimizer = wrap(retouch.AdamW, config(increments, score="gradient", k=10), model, lr=0.01)
     masks = []
     train(model, optimizer, range(5), masks)
     assert counts(masks) == [3, 6, 8, 10, 10]

@@ -7,7 +7,7 @@
 A recipe holds declarations only; whatever it computes is a score or a selector of this package.
 """
 
-from retouch.recipes import gradients, inputs, plain, references, shira, weights
+from retouch.recipes import gradients, inputs, moving, plain, references, shira, weights
 from retouch.recipes._registry import Recipe, bibtex, info, markdown, rows
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "inputs",
     "list",
     "markdown",
+    "moving",
     "plain",
     "references",
     "shira",
