@@ -19,7 +19,7 @@ they are.
 import json
 import weakref
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from retouch.eligible import own_parameters
 from retouch.errors import EngineError, FormatError
 from retouch.masks import Selection
 from retouch.migrate import Kept, State, pack_pieces, unpack_pieces
+from retouch.restore import Part, describe, restore, restore_past
 from retouch.slots import Slot, same_bits
 
 if TYPE_CHECKING:
@@ -46,15 +47,6 @@ def innermost(optimizer: Any) -> Optimizer:
     if not isinstance(optimizer, Optimizer):
         raise EngineError(f"wanted a torch.optim.Optimizer, got {type(optimizer).__name__}")
     return optimizer
-
-
-class Part(NamedTuple):
-    """What is saved of one masked parameter; see `Slot`."""
-
-    selection: Selection
-    value: Tensor
-    base: Tensor
-    base_hash: str
 
 
 class Binding:
@@ -249,7 +241,7 @@ class Binding:
                 "base_hash": [s.base_hash if s else "" for s in slots],
             }  # fmt: skip
             if i == 0:
-                entry["run"] = json.dumps(self._engine.describe(), default=str)
+                entry["run"] = json.dumps(describe(self._engine), default=str)
                 entry["past"] = self._pack_past()
                 entry["kept"] = pack_pieces(
                     {f"{key} {name}": p for name, s in self.kept.items() for key, p in s.items()}
@@ -311,8 +303,8 @@ class Binding:
         first = entries[0]
         past, kept = unpack_pieces(first.get("past")), unpack_pieces(first.get("kept"))
         run = json.loads(first["run"])
-        self._engine.restore(parts, before, run)
-        self._engine.restore_past(past, list((first.get("past") or {}).get("now", ())))
+        restore(self._engine, parts, before, run)
+        restore_past(self._engine, past, list((first.get("past") or {}).get("now", ())))
         self.kept = Kept()
         for both, piece in kept.items():
             key, _, name = both.partition(" ")

@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from retouch import ops
-from retouch.binding import Binding, Part, innermost
+from retouch.binding import Binding, innermost
 from retouch.distributed import Reducer, processes
 from retouch.eligible import own_parameters
-from retouch.errors import BudgetError, EngineError, FormatError, MaskError
+from retouch.errors import BudgetError, EngineError, MaskError
 from retouch.figures import figures
 from retouch.masks import Mask, Selection
 from retouch.migrate import Past, Piece, Seeds, merged, move
@@ -256,58 +256,6 @@ class Engine(Container):
         for name in [*self.past]:
             self.past.put_back(name, known[name])
 
-    def restore(
-        self,
-        parts: dict[str, Part],
-        before: Iterable[str],
-        run: dict[str, Any],
-    ) -> None:
-        """Goes back to a saved mask, its values and its base (`Binding` calls this).
-
-        Args:
-            parts: Of each selected parameter the selection, values, base and hash of the base.
-            before: Parameters of the same optimizer, which are frozen again unless in `parts`.
-            run: What `describe` returned when the state was saved.
-
-        Raises:
-            MaskError: The model has no such parameter, or one of another shape.
-            FormatError: Sizes or dtypes that do not fit together.
-        """
-        model = self.owner()
-        known = dict(own_parameters(model))
-        for name, (selection, value, base, _) in parts.items():
-            param = known.get(name)
-            if param is None or tuple(param.shape) != selection.shape:
-                have = "no such parameter" if param is None else f"shape {tuple(param.shape)}"
-                raise MaskError(f"saved {name} has shape {selection.shape}; the model has {have}")
-            if base.dtype != param.dtype:
-                raise MaskError(f"saved {name} is {base.dtype}, in this model {param.dtype}")
-            self.check_trainable(name, param)
-            if value.shape != base.shape or value.numel() != selection.count:
-                raise FormatError(
-                    f"saved {name}: {selection.count} selected, but {value.numel()} values and "
-                    f"{base.numel()} base values"
-                )
-        for name in before:
-            slot = self.slots[name]
-            slot.selection.put_(slot.param, slot.base, name)  # what is not restored is frozen
-            if name not in parts:
-                self.clear(name)
-        self.hashes = dict(run.get("hashes") or self.hashes)
-        paths = plan(model, {n: p.selection for n, p in parts.items()}, self.path_gradient)
-        for name, (selection, value, base, base_hash) in parts.items():
-            self.fill(name, known[name], selection, value, base, paths[name], base_hash)
-            self.slots[name].write()
-        self.freeze_rest(model)
-        metadata = dict(run.get("metadata") or {})
-        self.mask = Mask({n: s.selection for n, s in self.slots.items()}, model, metadata)
-
-    def describe(self) -> dict[str, Any]:
-        """What is saved of a run beside masks and values: JSON-able."""
-        metadata = self.mask.metadata if self.mask is not None else {}
-        moving = self.mover.describe() if self.mover is not None else None
-        return {"hashes": self.hashes, "metadata": metadata, "moving": moving}
-
     def base_of(self, name: str) -> Piece | None:
         """The base of all of a parameter that may move or has moved; None if it never could."""
         slot, past = self.slots.get(name), self.past.get(name)
@@ -315,35 +263,6 @@ class Engine(Container):
             return past
         piece = Piece(slot.selection, slot.base.reshape(-1))
         return piece if past is None else merged(past, piece)
-
-    def restore_past(self, past: dict[str, Piece], now: list[Tensor]) -> None:
-        """Goes back to what had moved and was frozen when a state was saved.
-
-        Raises:
-            MaskError: The model has no such parameter, or another one.
-            FormatError: Sizes or dtypes that do not fit together.
-        """
-        known = dict(own_parameters(self.owner()))
-        for name, piece in past.items():
-            param = known.get(name)
-            if param is None or tuple(param.shape) != piece.selection.shape:
-                raise MaskError(f"saved {name} has shape {piece.selection.shape}; not so the model")
-            if piece.values.dtype != param.dtype:
-                raise MaskError(
-                    f"saved {name} is {piece.values.dtype}, in this model {param.dtype}"
-                )
-        if len(now) != len(past):
-            raise FormatError(f"{len(past)} frozen parameters with the values of {len(now)}")
-        for name in [*self.past]:
-            if name not in past:
-                self.past.put_back(name, known[name])
-        for (name, piece), values in zip(past.items(), now, strict=True):
-            if name in self.past:
-                self.past.put_back(name, known[name])
-            Piece(piece.selection, values).put_(known[name], name)
-            if name in self.slots:
-                self.slots[name].version = known[name]._version
-            self.past[name] = Piece(piece.selection, piece.values.to(known[name].device))
 
     def take_base(self, model: nn.Module) -> None:
         """Makes the present weights and buffers the base."""

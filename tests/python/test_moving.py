@@ -11,6 +11,7 @@ from training import assert_same, batch, bits, loss_of, net, snapshot
 
 import retouch
 from retouch import Schedule, SelectConfig
+from retouch.eligible import candidates
 from retouch.engine import get_engine, verify_untouched, wrap
 from retouch.errors import EngineError, HyperparameterError
 from retouch.masks import Mask, Selection
@@ -290,6 +291,28 @@ def test_budgets():
     assert counts(masks) == [3, 6, 8, 10, 10]
     for one, two in itertools.pairwise(masks):
         assert all((s & two[n]) == s for n, s in one.items())
+
+
+def test_the_score_of_id3():
+    """Numbers of optimizers.md 3."""
+    weight, grad = torch.tensor([[0.5, -0.01, 2.0]]), torch.tensor([[0.2, -0.1, 0.4]])
+    for exponent, want in {
+        0: (0.2, 0.1, 0.4), 1: (0.3992, 9.0909, 0.1999), -1: (0.1002, 0.0011, 0.8004),
+        2: (0.797, 826.4, 0.0999),
+    }.items():  # fmt: skip
+        model = nn.Linear(3, 1, bias=False)
+        with torch.no_grad():
+            model.weight.copy_(weight)
+        score = retouch.scores.D3(exponent=float(exponent))
+        found = score(
+            model, {"weight": next(iter(_eligible(model).values()))}, [grad],
+            lambda model, batch: (model.weight * batch).sum(),
+        )["weight"]  # fmt: skip
+        torch.testing.assert_close(found, torch.tensor([want]), rtol=2e-3, atol=6e-5)
+
+
+def _eligible(model):
+    return candidates(model, SelectConfig(score="d3", k=1, target_modules=None))
 
 
 def test_selected_now_is_the_top_of_this_very_gradient():

@@ -75,8 +75,8 @@ def attach(
             ``"delta"``: they hold the difference to the model that the trainer was given
             (`retouch.Delta.load` reads it); resuming needs that model again.
         optimizer: A class, or a class and its arguments, instead of the one that
-            ``TrainingArguments.optim`` names (for a config whose mask moves `retouch.AdamW` is the
-            default, since it can count the steps of each coordinate): ``retouch.AdamW`` or ``(retouch.SGD, {"momentum":
+            ``TrainingArguments.optim`` names (where the mask moves, `retouch.AdamW` is the default:
+            it counts the steps of each coordinate): ``retouch.AdamW`` or ``(retouch.SGD, {"momentum":
             0.9})``. It gets the learning rate, and betas and epsilon if it knows them, from
             ``TrainingArguments``.
         gradient: How gradients are taken: "auto", "sampled" or "dense", see `retouch.wrap`.

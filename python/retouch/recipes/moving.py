@@ -9,7 +9,7 @@ from typing import Any
 from retouch.recipes._modules import ATTENTION_INPUTS, IN_LAYERS, OUTSIDE_LAYERS
 from retouch.recipes._registry import Recipe
 from retouch.schedules import Schedule
-from retouch.scores import Fisher, Gradient, GradStat, LowRankMagnitude, Magnitude, Moved
+from retouch.scores import D3, Fisher, Gradient, GradStat, LowRankMagnitude, Moved
 
 _LAYERS: dict[str, Any] = {"target_modules": IN_LAYERS, "granularity": "layer"}
 _FREES = " The state of layers that are frozen again is freed."
@@ -23,7 +23,7 @@ Recipe(
         "k": 2,
         "modules_to_save": OUTSIDE_LAYERS,
         "schedule": Schedule(every=20),
-    },  # fmt: skip
+    },
     scores="chance",
     cost="none",
     when="every 20 steps",
@@ -55,7 +55,7 @@ Recipe(
         "direction": "random",
         "k": 1,
         "schedule": Schedule(every=50, change="cycle", order="descending", state="reset"),
-    },  # fmt: skip
+    },
     scores="position",
     cost="none",
     when="every 50 steps",
@@ -76,7 +76,7 @@ Recipe(
         "density": 0.1,
         "scope": "tensor",
         "schedule": Schedule(every=100, change="cycle", order="shuffled", state="reset"),
-    },  # fmt: skip
+    },
     scores="chance",
     cost="none",
     when="every 100 steps",
@@ -106,7 +106,7 @@ Recipe(
             rounds=30,
             state="seeded",
         ),
-    },  # fmt: skip
+    },
     scores="|sum of 5 gradients|, and the way from the base",
     cost="dense gradients in 5 of 100 steps",
     when="every 100 steps",
@@ -132,7 +132,7 @@ Recipe(
         "density": 0.05,
         "scope": "tensor",
         "schedule": Schedule(collect=1, now=True),
-    },  # fmt: skip
+    },
     scores="|gradient of the first step|",
     cost="one dense gradient",
     when="at the first step",
@@ -166,11 +166,11 @@ Recipe(
     id="id3",
     title="ID3",
     config={
-        "score": Gradient() / (Magnitude() + 1e-3),
+        "score": D3(),
         "density": 0.005,
         "target_modules": None,
         "schedule": _GROWS,
-    },  # fmt: skip
+    },
     scores="|gradient| / (|weight| + 0.001)",
     variant="paper",
     notes="Exponent 1 of the score D3: the relative change." + _ID3_NOTES,
@@ -185,7 +185,7 @@ Recipe(
         "density": 0.005,
         "target_modules": None,
         "schedule": _GROWS,
-    },  # fmt: skip
+    },
     scores="|gradient|",
     variant="released",
     notes="Exponent 0, as in the examples of the code." + _ID3_NOTES,
@@ -200,7 +200,7 @@ Recipe(
         "density": 0.2,
         "scope": "tensor",
         "schedule": Schedule(every=1, collect=1, now=True, state="keep"),
-    },  # fmt: skip
+    },
     scores="|gradient of the step|",
     cost="a dense gradient at every step",
     when="at every step",
@@ -271,7 +271,7 @@ Recipe(
         "density": 0.01,
         "target_modules": None,
         "schedule": Schedule(start=100, initial="all", rewind="all"),
-    },  # fmt: skip
+    },
     scores="|change by dense training|",
     cost="full fine-tuning for `start` steps",
     when="once, after `start` steps",
@@ -297,7 +297,7 @@ Recipe(
         "density": 0.07,
         "target_modules": ATTENTION_INPUTS,
         "schedule": Schedule(start=100, collect=100, initial="all"),
-    },  # fmt: skip
+    },
     scores="|mean gradient of a block|",
     cost="full fine-tuning of queries, keys and values for 100 steps",
     when="once, after 100 steps",
@@ -317,7 +317,7 @@ Recipe(
         "score": LowRankMagnitude(rank=128),
         "lora_rank": 128,
         "schedule": Schedule(every=200),
-    },  # fmt: skip
+    },
     scores="|weight| at rank 128",
     cost="an eigendecomposition for each weight matrix, every 200 steps",
     when="every 200 steps",
@@ -347,7 +347,7 @@ Recipe(
         "counted_in_budget": True,
         "samples": 1024,
         "schedule": Schedule(every=1, unit="epoch"),
-    },  # fmt: skip
+    },
     scores="sum of squared gradients of samples",
     cost="1024 samples, every epoch",
     when="every epoch",
@@ -372,7 +372,7 @@ Recipe(
         "aggregate": "l2",
         "k": 1,
         "schedule": Schedule(every=1, collect=1, now=True),
-    },  # fmt: skip
+    },
     scores="norm of a layer's gradient",
     cost="a dense gradient at every step",
     when="at every step",

@@ -14,7 +14,7 @@ from retouch.names import register_score as register
 from retouch.names import score_names
 from retouch.scores.activations import Activation, Wanda
 from retouch.scores.base import Combined, Score, as_score
-from retouch.scores.gradients import Fisher, Gradient, GradStat, Sensitivity, TrueFisher
+from retouch.scores.gradients import D3, Fisher, Gradient, GradStat, Sensitivity, TrueFisher
 from retouch.scores.weights import (
     ConditionNumber,
     Constant,
@@ -27,6 +27,7 @@ from retouch.scores.weights import (
 )
 
 __all__ = [
+    "D3",
     "Activation",
     "Combined",
     "ConditionNumber",

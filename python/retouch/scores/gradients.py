@@ -239,6 +239,36 @@ class Sensitivity(GradStat):
         return sums
 
 
+@register("d3")
+@dataclass(frozen=True)
+class D3(Gradient):
+    """|gradient| / (|weight| + eps) ** exponent, of ID3 (arXiv 2408.14470).
+
+    Exponent 1 ranks by relative change, 0 as `Gradient`, below 0 towards large weights.
+
+    Attributes:
+        eps: Keeps small weights from winning always.
+        exponent: Of the weight.
+    """
+
+    eps: float = 1e-3
+    exponent: float = 1.0
+
+    def __call__(
+        self,
+        model: nn.Module,
+        eligible: Eligible,
+        data: Any = None,
+        loss_fn: LossFn | None = None,
+    ) -> dict[str, Tensor]:
+        """See `GradStat`."""
+        sums = super().__call__(model, eligible, data, loss_fn)
+        for name, total in sums.items():
+            size = eligible[name].param.detach().abs().to(total.dtype)
+            total.div_(size.add_(self.eps).pow_(self.exponent))
+        return sums
+
+
 def _report_unreached(names: set[str]) -> None:
     if names:
         shown = ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
