@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from retouch import ops
 from retouch.eligible import own_parameters
 from retouch.errors import EngineError, FormatError
 from retouch.masks import Mask
@@ -78,11 +79,7 @@ def carried(old: Selection, new: Selection) -> tuple[Tensor, Tensor]:
         return b.to(torch.int64), torch.arange(b.numel())
     if new.kind == "all":
         return torch.arange(a.numel()), a.to(torch.int64)
-    place = torch.searchsorted(a, b)
-    inside = place < a.numel()
-    hit = inside.clone()
-    hit[inside] = a[place[inside]] == b[inside]
-    return place[hit], hit.nonzero().squeeze(1)
+    return ops.places(a, b).to(torch.int64), ops.places(b, a).to(torch.int64)
 
 
 def merged(a: Piece, b: Piece) -> Piece:
@@ -230,13 +227,13 @@ def _move_one(
         return
     holders = engine.bindings(name)
     old = slot.selection if slot is not None else Selection("none", new.shape)
+    stay = carried(old, new)
     value, base = new.gather(param.detach()).clone(), new.take(param.detach())
     if slot is not None:
         gone = old - new
         engine.past.leave(slot, gone)
         if state == "keep" and gone.count:
             _put_aside(engine, slot, gone)
-        stay = carried(old, new)
         moved_to(slot.value, value, *stay)
         moved_to(slot.base, base, *stay)
     engine.past.enter(name, new, base)
@@ -248,7 +245,7 @@ def _move_one(
         have = {} if state == "reset" or slot is None else binding.state_of(slot.value)
         states.append(
             moved_state(
-                name, have, old, new, value, clock=clock, own_clocks=binding.own_clocks,
+                name, have, old, new, value, stay, clock=clock, own_clocks=binding.own_clocks,
                 back=back, seeds=seeds if state == "seeded" else None,
             )
         )  # fmt: skip
@@ -327,6 +324,7 @@ def moved_state(
     old: Selection,
     new: Selection,
     like: Tensor,
+    stay: tuple[Tensor, Tensor],
     *,
     clock: Clock,
     own_clocks: bool,
@@ -343,6 +341,7 @@ def moved_state(
         old: Before.
         new: After.
         like: A tensor of the value's new shape, dtype and device.
+        stay: ``carried(old, new)``.
         clock: See `Schedule.clock`.
         own_clocks: Whether the optimizer knows a clock for each coordinate.
         back: State that was put aside.
@@ -354,7 +353,7 @@ def moved_state(
     Raises:
         EngineError: Coordinates of different age would have to share one clock.
     """
-    source, target = carried(old, new)
+    source, target = stay
     fresh = torch.ones(new.count, dtype=torch.bool)
     if state:
         fresh[target] = False

@@ -211,6 +211,11 @@ def intersection(a: Tensor, b: Tensor) -> Tensor:
     return _tensor(_core.intersection(*_pair(a, b)))
 
 
+def places(a: Tensor, b: Tensor) -> Tensor:
+    """Where in the first of two ascending indices those positions stand that the second has too."""
+    return _tensor(_core.places(*_pair(a, b)))
+
+
 def difference(a: Tensor, b: Tensor) -> Tensor:
     """Positions in the first but not in the second of two ascending indices."""
     return _tensor(_core.difference(*_pair(a, b)))

@@ -34,6 +34,23 @@ pub fn intersection<P: Position>(a: &[P], b: &[P]) -> Vec<P> {
     out
 }
 
+/// Where in `a` the positions stand that `b` has too.
+pub fn places<P: Position>(a: &[P], b: &[P]) -> Vec<P> {
+    let mut out = Vec::with_capacity(a.len().min(b.len()));
+    let (mut i, mut j) = (0, 0);
+    while i < a.len() && j < b.len() {
+        match a[i].cmp(&b[j]) {
+            Ordering::Less => i += 1,
+            Ordering::Greater => j += 1,
+            Ordering::Equal => {
+                out.push(P::new(i));
+                (i, j) = (i + 1, j + 1);
+            }
+        }
+    }
+    out
+}
+
 /// Positions in `a` that are not in `b`.
 pub fn difference<P: Position>(a: &[P], b: &[P]) -> Vec<P> {
     let mut out = Vec::new();

@@ -18,6 +18,7 @@ pub(super) fn add(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(union, m)?)?;
     m.add_function(wrap_pyfunction!(intersection, m)?)?;
     m.add_function(wrap_pyfunction!(difference, m)?)?;
+    m.add_function(wrap_pyfunction!(places, m)?)?;
     m.add_function(wrap_pyfunction!(complement, m)?)?;
     Ok(())
 }
@@ -189,6 +190,10 @@ algebra!(
 algebra!(
     /// Positions in the first but not in the second of two ascending indices.
     difference
+);
+algebra!(
+    /// Where in the first of two ascending indices the positions of the second stand.
+    places
 );
 
 /// Positions below `length` that are not in an ascending index.

@@ -1,5 +1,5 @@
 use proptest::prelude::*;
-use retouch::kernel::sets::{complement, difference, intersection, union};
+use retouch::kernel::sets::{complement, difference, intersection, places, union};
 use std::collections::BTreeSet;
 
 fn list(s: impl IntoIterator<Item = i32>) -> Vec<i32> {
@@ -16,6 +16,9 @@ proptest! {
         prop_assert_eq!(union(&x, &y), list(a.union(&b).copied()));
         prop_assert_eq!(intersection(&x, &y), list(a.intersection(&b).copied()));
         prop_assert_eq!(difference(&x, &y), list(a.difference(&b).copied()));
+        let there = |v: &[i32], at: Vec<i32>| list(at.into_iter().map(|i| v[i as usize]));
+        prop_assert_eq!(there(&x, places(&x, &y)), list(a.intersection(&b).copied()));
+        prop_assert_eq!(there(&y, places(&y, &x)), list(a.intersection(&b).copied()));
         let all: BTreeSet<i32> = (0..60).collect();
         prop_assert_eq!(complement(&x, 60), list(all.difference(&a).copied()));
         let wide = |v: &[i32]| v.iter().map(|x| i64::from(*x)).collect::<Vec<_>>();
