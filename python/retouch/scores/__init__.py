@@ -15,12 +15,14 @@ from retouch.names import score_names
 from retouch.scores.activations import Activation, Wanda
 from retouch.scores.base import Combined, Score, as_score
 from retouch.scores.gradients import Fisher, Gradient, GradStat, Sensitivity, TrueFisher
+from retouch.scores.ranks import SoftRank
 from retouch.scores.weights import (
     ConditionNumber,
     Constant,
     Difference,
     LowRankMagnitude,
     Magnitude,
+    Probe,
     Random,
     Stripes,
 )
@@ -36,9 +38,11 @@ __all__ = [
     "Gradient",
     "LowRankMagnitude",
     "Magnitude",
+    "Probe",
     "Random",
     "Score",
     "Sensitivity",
+    "SoftRank",
     "Stripes",
     "TrueFisher",
     "Wanda",
