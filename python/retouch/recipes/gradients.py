@@ -190,7 +190,8 @@ Recipe(
     cost="16 batches",
     notes=(
         "The sensitive weights alone. The paper gives a LoRA to each matrix with many of them, and "
-        "trains a bias or norm whole that has many; neither is here. It tries 0.2 to 1.0 M weights "
+        "trains a bias or norm whole that has many: retouch.escalate(mask, model) says which. It "
+        "tries 0.2 to 1.0 M weights "
         "of ViT-B/16 (0.2 to 1.2 %) and reports the best. Its weight decay pulls to the pretrained "
         "weights, ours to 0."
     ),
