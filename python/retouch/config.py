@@ -5,54 +5,43 @@ can be checked when it is made and written to JSON without knowing their modules
 """
 
 import json
-import math
 import os
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
+from retouch.configcheck import (
+    BUDGETS,
+    Aggregate,
+    Direction,
+    Granularity,
+    Kind,
+    Polarity,
+    Scope,
+    State,
+    Ties,
+    checked,
+    competes,
+)
 from retouch.errors import FormatError, HyperparameterError
-from retouch.names import CUSTOM, close_to, name_of_score, score_named, score_names
+from retouch.names import close_to, encoded_score, score_names
 from retouch.schedules import Schedule
 
 __all__ = [
+    "ALL_LINEAR",
+    "BUDGETS",
+    "Kind",
     "SelectConfig",
+    "State",
     "preset_names",
     "register_preset",
     "resolve",
 ]
 
 FILE = "retouch_config.json"
-
-Granularity = Literal["element", "row", "column", "block", "tensor", "layer"]
-Scope = Literal["global", "layer", "tensor", "row", "group"]
-Direction = Literal["top", "bottom", "random"]
-Aggregate = Literal["mean", "sum", "l2", "abs_of_mean"]
-State = Literal["masked", "full", "frozen"]
-Kind = Literal[
-    "linear", "expert", "conv", "embedding", "output", "head", "norm", "norm_bias", "bias", "other"
-]
-
 ALL_LINEAR = "all-linear"
-BUDGETS = ("density", "k", "threshold", "k_per_row", "lora_rank")
-FLAGS = ("heads", "output_embeddings", "embeddings", "norms", "norm_biases", "biases", "convs")
-_WORDS: dict[str, tuple[str, ...]] = {
-    "granularity": get_args(Granularity),
-    "scope": get_args(Scope),
-    "direction": get_args(Direction),
-    "aggregate": get_args(Aggregate),
-}
-# Which groups can have a budget of their own: a group holds many units, or there is no choice.
-_SCOPES: dict[str, tuple[str, ...]] = {
-    "element": ("global", "layer", "tensor", "row", "group"),
-    "row": ("global", "layer", "tensor"),
-    "column": ("global", "layer", "tensor"),
-    "block": ("global", "layer", "tensor"),
-    "tensor": ("global", "layer"),
-    "layer": ("global",),
-}
 
 _presets: dict[str, dict[str, Any]] = {}
 
@@ -79,8 +68,8 @@ class SelectConfig:
     A budget counts units of the `granularity`, over all parameters that compete (state
     ``"masked"``): ``density=0.01, granularity="row"`` selects one row in a hundred. The number is
     ``floor(density * units)``, with the decimal digits of the density taken as they are written.
-    Exactly one of `density`, `k`, `threshold`, `k_per_row` and `lora_rank` is needed, unless nothing
-    competes.
+    Exactly one of `density`, `k`, `threshold`, `quantile`, `k_per_row` and `lora_rank` is needed,
+    unless nothing competes or ``direction="bernoulli"``.
 
     Row = output feature and column = input feature, in whatever order a module stores them.
 
@@ -100,6 +89,12 @@ class SelectConfig:
     threshold: float | None = _help(
         "Select all scores >= this (direction 'top') or <= this ('bottom')."
     )
+    quantile: float | None = _help(
+        "Select all scores above (direction 'top') or below ('bottom') this quantile of the scores "
+        "of each group of the scope, interpolated linearly as numpy does; those equal to it are not "
+        "selected. quantile=0.3 with direction='bottom' and polarity='freeze' trains all scores >= "
+        "the 30th percentile."
+    )
     k_per_row: int | None = _help("How many elements to select in each row; sets scope='row'.")
     lora_rank: int | None = _help(
         "As many elements in each tensor as a LoRA of this rank has: rank * (rows + columns), at "
@@ -112,7 +107,8 @@ class SelectConfig:
     )
     granularity: Granularity = _help(
         "The unit that is selected whole: element, row (output feature), column (input feature), "
-        "block (a square of a matrix), tensor or layer.",
+        "block (a square of a matrix), tensor, expert (of a fused mixture: its part of all "
+        "parameters of the module) or layer.",
         "element",
     )
     block_size: int | None = _help(
@@ -120,14 +116,31 @@ class SelectConfig:
     )
     scope: Scope = _help(
         "Where the budget holds: over all parameters together, or in each layer, tensor, row or "
-        "group of a row. A parameter outside of any layer counts as a layer.",
+        "group of a row. A parameter outside of any layer counts as a layer. siblings: in each set "
+        "of modules of one kind that one module holds, as the projections of an attention; what a "
+        "density leaves over goes to the same sets of other layers at random.",
         "global",
     )
     group_size: int | None = _help(
         "How many consecutive elements of a row are a group: k=2, scope='group', group_size=4 "
         "selects 2 of every 4."
     )
-    direction: Direction = _help("Take the top or the bottom scores, or any at random.", "top")
+    direction: Direction = _help(
+        "Take the top or the bottom scores, or any at random. weighted: at random, each draw with "
+        "chances in proportion to the scores. bernoulli: each on its own, with its score as the "
+        "probability, without a budget.",
+        "top",
+    )
+    polarity: Polarity = _help(
+        "Whether what is selected may move (train), or all else that competes (freeze). The budget "
+        "counts what is selected.",
+        "train",
+    )
+    ties: Ties = _help(
+        "first: exactly the budget, equal scores to the lowest positions. all: also whatever equals "
+        "the last one selected, as code does that compares with the k-th score.",
+        "first",
+    )
     aggregate: Aggregate = _help(
         "How the scores of elements make the score of a larger unit: mean, sum, l2 norm, or "
         "abs_of_mean, the magnitude of the mean of signed scores.",
@@ -182,121 +195,19 @@ class SelectConfig:
     recipe: str | None = _help("The recipe that this config came from, for the record.")
 
     def __post_init__(self) -> None:
-        for name, words in _WORDS.items():
-            self._check_word(name, words)
-        for name in FLAGS:
-            if getattr(self, name) is not None:
-                self._check_word(name, get_args(State))
-        for name in ("target_modules", "exclude_modules", "modules_to_save"):
-            object.__setattr__(self, name, _names(name, getattr(self, name)))
-        if self.target_modules == "all":
-            object.__setattr__(self, "target_modules", None)
-        for name in (
-            "k", "k_per_row", "lora_rank", "block_size", "group_size", "samples", "max_batches",
-        ):  # fmt: skip
-            _check_int(name, getattr(self, name), 1)
-        _check_int("seed", self.seed, 0)
-        if self.layers is not None:
-            object.__setattr__(self, "layers", list(self.layers))
-            for layer in self.layers:
-                _check_int("layers", layer, 0)
-        object.__setattr__(self, "score", _decoded(self.score))
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name, value in checked(values).items():
+            object.__setattr__(self, name, value)
         if isinstance(self.schedule, Mapping):
             object.__setattr__(self, "schedule", Schedule.from_dict(self.schedule))
         elif not isinstance(self.schedule, Schedule | None):
-            raise self._wrong(f"schedule={self.schedule!r}; wanted a Schedule")
-        self._check_counted()
-        self._check_budget()
-        self._check_score()
-
-    def _wrong(self, what: str) -> HyperparameterError:
-        return HyperparameterError(f"SelectConfig: {what}")
-
-    def _check_word(self, name: str, words: Collection[str]) -> None:
-        value = getattr(self, name)
-        if value not in words:
-            hint = close_to(value, words) if isinstance(value, str) else ""
-            raise self._wrong(f"{name}={value!r}; wanted one of {', '.join(words)}{hint}")
-
-    def _check_budget(self) -> None:
-        given = [name for name in BUDGETS if getattr(self, name) is not None]
-        if len(given) > 1 or (not given and self.anything_competes()):
-            got = " and ".join(given) if given else "none"
-            raise self._wrong(f"give exactly one of {', '.join(BUDGETS)}; got {got}")
-        for name in ("density", "threshold", "allocation"):
-            value = getattr(self, name)
-            if value is None:
-                continue
-            if isinstance(value, bool) or not hasattr(value, "__float__"):
-                raise self._wrong(f"{name}={value!r}; wanted a number")
-            object.__setattr__(self, name, float(value))
-        for name in ("density", "allocation"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= 1:
-                raise self._wrong(f"{name}={value!r}; wanted a fraction in (0, 1]")
-        if self.threshold is not None and math.isnan(self.threshold):
-            raise self._wrong("threshold is NaN")
-        if self.k_per_row is not None:
-            if self.scope not in ("global", "row"):
-                raise self._wrong(f"k_per_row is a budget in each row, so scope={self.scope!r}")
-            object.__setattr__(self, "scope", "row")
-        if self.lora_rank is not None:
-            if self.scope not in ("global", "tensor") or self.granularity != "element":
-                raise self._wrong(
-                    "lora_rank is a budget of elements in each tensor, so "
-                    f"granularity={self.granularity!r} with scope={self.scope!r}"
-                )
-            object.__setattr__(self, "scope", "tensor")
-        for size, needs in (
-            ("block_size", self.granularity == "block"), ("group_size", self.scope == "group"),
-        ):  # fmt: skip
-            if needs != (getattr(self, size) is not None):
-                raise self._wrong(
-                    f"{size}={getattr(self, size)} with granularity={self.granularity!r} and "
-                    f"scope={self.scope!r}; block_size is for granularity='block', group_size for "
-                    "scope='group'"
-                )
-        if self.allocation is not None and (self.k_per_row is None or self.direction == "random"):
-            raise self._wrong("allocation needs k_per_row, and a direction other than random")
-        if self.scope not in _SCOPES[self.granularity]:
-            raise self._wrong(
-                f"granularity={self.granularity!r} with scope={self.scope!r}; wanted a scope of "
-                f"{', '.join(_SCOPES[self.granularity])}"
-            )
-        if self.threshold is not None and self.scope != "global":
-            raise self._wrong(f"a threshold is the same everywhere, so scope={self.scope!r}")
-
-    def _check_score(self) -> None:
-        if self.direction == "random":
-            if self.score is not None or self.threshold is not None:
-                what = "score" if self.score is not None else "threshold"
-                raise self._wrong(f"direction='random' asks for no {what}; leave it out")
-        elif self.score is None and self.anything_competes():
-            raise self._wrong(f"give a score ({', '.join(score_names())}) or direction='random'")
-
-    def _check_counted(self) -> None:
-        counted = self.counted_in_budget
-        if isinstance(counted, bool):
-            kinds: list[str] = []
-        else:
-            kinds = [counted] if isinstance(counted, str) else list(counted)
-            object.__setattr__(self, "counted_in_budget", kinds)
-        for kind in kinds:
-            if kind not in get_args(Kind):
-                raise self._wrong(
-                    f"counted_in_budget={counted!r}; wanted True, False or kinds of "
-                    f"{', '.join(get_args(Kind))}{close_to(str(kind), get_args(Kind))}"
-                )
-        if (counted is True or kinds) and (
-            self.granularity != "element" or self.scope != "global" or self.threshold is not None
-        ):
-            raise self._wrong(
-                "counted_in_budget needs density or k, granularity='element' and scope='global'"
+            raise HyperparameterError(
+                f"SelectConfig: schedule={self.schedule!r}; wanted a Schedule"
             )
 
     def anything_competes(self) -> bool:
         """Whether any parameter could have the state "masked"."""
-        return self.target_modules != [] or any(getattr(self, f) == "masked" for f in FLAGS)
+        return competes(self)
 
     def counts(self, kind: str) -> bool:
         """Whether fully trained parameters of a kind use up the budget."""
@@ -325,7 +236,7 @@ class SelectConfig:
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-able values; a function that has no name becomes ``"custom"``."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        values["score"] = _encoded(self.score)
+        values["score"] = encoded_score(self.score)
         values["schedule"] = self.schedule.to_dict() if self.schedule is not None else None
         return values
 
@@ -428,65 +339,6 @@ def resolve(config: SelectConfig | str, overrides: Mapping[str, Any]) -> SelectC
     if isinstance(overrides.get("schedule"), Mapping) and isinstance(own, Schedule):
         overrides["schedule"] = Schedule.from_dict(own.to_dict() | overrides["schedule"])
     return SelectConfig(**base | overrides)
-
-
-def _names(field_name: str, value: Any) -> list[str] | str | None:
-    if value is None or isinstance(value, str):
-        return value
-    if not isinstance(value, Iterable) or not all(isinstance(v, str) for v in value):
-        raise HyperparameterError(
-            f"SelectConfig: {field_name}={value!r}; wanted a list of names, a string or None"
-        )
-    return sorted(value) if isinstance(value, set | frozenset) else list(value)
-
-
-def _check_int(name: str, value: Any, least: int) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise HyperparameterError(f"SelectConfig: {name}={value!r}; wanted an integer >= {least}")
-
-
-def _encoded(score: Any) -> Any:
-    if score is None or isinstance(score, str):
-        return score
-    name = name_of_score(score)
-    if name is not None:
-        return name
-    return score.to_dict() if hasattr(score, "to_dict") else CUSTOM
-
-
-def _decoded(score: Any) -> Any:
-    """The score that a config may hold: a known name, an object, or a function."""
-    if isinstance(score, dict):
-        given = dict(score)
-        name = given.pop("name", None)
-        make = score_named(name)
-        if make is None:
-            raise _unknown_score(name)
-        try:
-            return make(**{key: _decoded_part(value) for key, value in given.items()})
-        except TypeError as error:
-            raise HyperparameterError(f"SelectConfig: score={score!r}: {error}") from error
-    if isinstance(score, str):
-        if score != CUSTOM and score not in score_names():
-            raise _unknown_score(score)
-    elif score is not None and not callable(score):
-        raise HyperparameterError(
-            f"SelectConfig: score={score!r}; wanted a name, a score or a function"
-        )
-    return score
-
-
-def _decoded_part(value: Any) -> Any:
-    return _decoded(value) if isinstance(value, dict) else value
-
-
-def _unknown_score(name: Any) -> HyperparameterError:
-    return HyperparameterError(
-        f"SelectConfig: no score is named {name!r}{close_to(str(name), score_names())}; "
-        f"scores: {', '.join(score_names())}"
-    )
 
 
 def _download(source: str, subfolder: str | None, hub: dict[str, Any]) -> Path:

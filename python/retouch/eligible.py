@@ -82,6 +82,13 @@ class Candidate:
         return tuple(self.param.shape)
 
     @property
+    def experts(self) -> int | None:
+        """How many fused experts it holds a part of, along dimension 0; None if it does not."""
+        count = _number_of_experts(self.module)
+        fused = self.kind in ("expert", "bias") and self.param.dim() > 1
+        return count if fused and self.shape[0] == count else None
+
+    @property
     def matrix(self) -> tuple[int, int, int]:
         """How many matrices it holds (one per expert, else one), their rows and their columns.
 

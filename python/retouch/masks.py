@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from retouch import maskfile, maskview
-from retouch.eligible import own_parameters
+from retouch.config import ALL_LINEAR, SelectConfig
+from retouch.eligible import candidates, own_parameters
 from retouch.errors import MaskError
 from retouch.maskfile import Layout
 from retouch.names import close_to
@@ -149,6 +150,66 @@ class Mask(Mapping[str, Selection]):
             except (MaskError, TypeError, ValueError, RuntimeError) as error:
                 raise MaskError(f"{name}: {error}") from error
         return cls(chosen, model, metadata)
+
+    @classmethod
+    def from_tokens(
+        cls, model: nn.Module, tokens: Sequence[int | str], tokenizer: Any = None
+    ) -> "Mask":
+        """The rows of some tokens in the input embedding and, where it is not tied, in the output.
+
+        For new or special tokens: ``select(...) | Mask.from_tokens(...)`` trains them too,
+        ``select(...) - Mask.from_tokens(...)`` leaves them as they are.
+
+        Args:
+            model: A model with `get_input_embeddings`; resize it first for new tokens.
+            tokens: Numbers of tokens, or their strings.
+            tokenizer: With ``get_vocab()``; needed for strings.
+
+        Raises:
+            MaskError: The model names no embedding, a token is unknown or beyond the embedding.
+        """
+        ids = _token_ids(tokens, tokenizer)
+        chosen: dict[str, Selection] = {}
+        for get in ("get_input_embeddings", "get_output_embeddings"):
+            module = getattr(model, get)() if hasattr(model, get) else None
+            table = getattr(module, "weight", None)
+            name = next((n for n, p in own_parameters(model) if p is table), None)
+            if name is None or table is None:
+                if get == "get_input_embeddings":
+                    raise MaskError(
+                        f"{type(model).__name__} names no input embedding; use Mask.from_indices"
+                    )
+                continue
+            if ids and not 0 <= ids[0] <= ids[-1] < table.shape[0]:
+                raise MaskError(
+                    f"{name} has {table.shape[0]} rows, the tokens go from {ids[0]} to {ids[-1]}: "
+                    "resize the embeddings (resize_token_embeddings) before"
+                )
+            chosen[name] = Selection("rows", tuple(table.shape), torch.tensor(ids))
+        return cls(_without_empty(chosen), model, {"tokens": ids})
+
+    @classmethod
+    def nonzero(cls, model: nn.Module, target_modules: Sequence[str] | str = ALL_LINEAR) -> "Mask":
+        """Every weight that is not 0 may move, so that the pattern of a pruned model survives.
+
+        The zeros of a model that was pruned, 2:4 or otherwise, keep their bits under training;
+        ``select(...) & Mask.nonzero(model)`` chooses among the others. A weight that was 0 by chance
+        counts as pruned.
+
+        Args:
+            model: The pruned model.
+            target_modules: Which parameters, as in `SelectConfig`; all others are frozen.
+
+        Raises:
+            HyperparameterError: The names match nothing.
+        """
+        config = SelectConfig(direction="random", density=1.0, target_modules=target_modules)  # type: ignore[arg-type]
+        chosen = {
+            name: _from_index(one.param.detach() != 0, one.shape)
+            for name, one in candidates(model, config).items()
+            if one.state == "masked"
+        }
+        return cls(_without_empty(chosen), model, {"nonzero": config.target_modules})
 
     # --- mapping ---------------------------------------------------------------------------------
 
@@ -395,6 +456,19 @@ def _from_index(index: Tensor, shape: tuple[int, ...]) -> Selection:
         )
     index = index.reshape(-1).to(torch.int64).unique()
     return Selection("elements", shape, index)
+
+
+def _token_ids(tokens: Sequence[int | str], tokenizer: Any) -> list[int]:
+    words = [t for t in tokens if isinstance(t, str)]
+    known = tokenizer.get_vocab() if words and tokenizer is not None else {}
+    missing = [w for w in words if w not in known]
+    if missing:
+        where = "the tokenizer" if tokenizer is not None else "no tokenizer, which strings need"
+        raise MaskError(
+            f"tokens that are unknown: {', '.join(map(repr, missing[:5]))}; got {where}"
+        )
+    ids = {known[t] if isinstance(t, str) else int(t) for t in tokens}
+    return sorted(ids)
 
 
 def _hint(name: str, model: nn.Module) -> str:

@@ -6,7 +6,16 @@ from typing import Any, TypeVar
 
 from retouch.errors import HyperparameterError
 
-__all__ = ["CUSTOM", "close_to", "name_of_score", "register_score", "score_named", "score_names"]
+__all__ = [
+    "CUSTOM",
+    "close_to",
+    "decoded_score",
+    "encoded_score",
+    "name_of_score",
+    "register_score",
+    "score_named",
+    "score_names",
+]
 
 CUSTOM = "custom"  # in the place of a function, which cannot be written down
 
@@ -60,3 +69,46 @@ def name_of_score(score: Any) -> str | None:
 def score_named(name: str) -> Callable[..., Any] | None:
     """What is registered under the name of a score."""
     return _scores.get(name)
+
+
+def encoded_score(score: Any) -> Any:
+    """A score as JSON-able values: its name, its fields, or `CUSTOM` for a function."""
+    if score is None or isinstance(score, str):
+        return score
+    name = name_of_score(score)
+    if name is not None:
+        return name
+    return score.to_dict() if hasattr(score, "to_dict") else CUSTOM
+
+
+def decoded_score(score: Any) -> Any:
+    """The score that a config may hold: a known name, an object, or a function."""
+    if isinstance(score, dict):
+        given = dict(score)
+        name = given.pop("name", None)
+        make = score_named(name)
+        if make is None:
+            raise _unknown_score(name)
+        try:
+            return make(**{key: _decoded_part(value) for key, value in given.items()})
+        except TypeError as error:
+            raise HyperparameterError(f"SelectConfig: score={score!r}: {error}") from error
+    if isinstance(score, str):
+        if score != CUSTOM and score not in score_names():
+            raise _unknown_score(score)
+    elif score is not None and not callable(score):
+        raise HyperparameterError(
+            f"SelectConfig: score={score!r}; wanted a name, a score or a function"
+        )
+    return score
+
+
+def _decoded_part(value: Any) -> Any:
+    return decoded_score(value) if isinstance(value, dict) else value
+
+
+def _unknown_score(name: Any) -> HyperparameterError:
+    return HyperparameterError(
+        f"SelectConfig: no score is named {name!r}{close_to(str(name), score_names())}; "
+        f"scores: {', '.join(score_names())}"
+    )

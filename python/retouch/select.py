@@ -1,27 +1,27 @@
 """`select`: from a score and a budget to a mask.
 
-What competes is cut into parts, each a vector of scores of units (elements, rows, columns, blocks,
-tensors or layers); parts that share a budget are ranked together by the exact top-k of `retouch.ops`, with
-ties to the lowest (part, position); the chosen units become selections.
+What competes is cut into parts (`retouch.parts`); parts that share a budget are ranked together by the
+exact top-k of `retouch.ops`, with ties to the lowest (part, position); the chosen units become
+selections.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from retouch import ops
+from retouch import ops, order
 from retouch.batches import Batches
 from retouch.collected import Collected
 from retouch.config import BUDGETS, SelectConfig, resolve
-from retouch.eligible import Candidate, as_matrices, as_units, candidates, from_units
+from retouch.eligible import Candidate, as_units, candidates, from_units
 from retouch.errors import BudgetError, HyperparameterError
 from retouch.masks import Mask
+from retouch.parts import Part, parts, plain
 from retouch.passes import LossFn, undisturbed
 from retouch.scores import Magnitude, Score, as_score
 from retouch.selection import Selection
@@ -64,20 +64,25 @@ def select(
         >>> mask = retouch.select(model, "fisher", data=loader, density=0.005)
     """
     config = resolve(config, overrides)
-    found = candidates(model, config)
-    masked = {name: c for name, c in found.items() if c.state == "masked"}
-    full = {name: c for name, c in found.items() if c.state == "full"}
+    known = candidates(model, config)
+    masked = {name: c for name, c in known.items() if c.state == "masked"}
+    full = {name: c for name, c in known.items() if c.state == "full"}
     chosen = {name: Selection("all", c.shape) for name, c in full.items()}
     score = None
     if masked:
         score = as_score("random" if config.score is None else config.score, config.seed)
-        chosen |= _choose(model, config, score, masked, full, data, loss_fn)
-    chosen = {name: chosen[name] for name in found if name in chosen and chosen[name].count}
+        picked = _choose(model, config, score, masked, full, data, loss_fn)
+        if config.polarity == "freeze":
+            none = {name: Selection("none", c.shape) for name, c in masked.items()}
+            picked = {name: ~picked.get(name, none[name]) for name in masked}
+        chosen |= picked
+    chosen = {name: chosen[name] for name in known if name in chosen and chosen[name].count}
     if not chosen:
+        frozen = config.polarity == "freeze"
         raise BudgetError(
-            f"the budget ({_budget(config)}) selects nothing of "
+            f"the budget ({_budget(config)}) {'freezes all' if frozen else 'selects nothing'} of "
             f"{sum(c.numel for c in masked.values()):,} eligible coordinates in {len(masked)} "
-            "parameters; raise it"
+            f"parameters; {'lower' if frozen else 'raise'} it"
         )
     metadata = {
         "config": config.to_dict(),
@@ -89,26 +94,7 @@ def select(
     return Mask(chosen, model, metadata)
 
 
-# --- parts that compete ------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Scores of units, and what becomes of the chosen ones.
-
-    Attributes:
-        name: For errors: a parameter, or a layer.
-        group: What shares its budget.
-        values: Scores of the units, of any shape.
-        units: Their number.
-        selections: From ascending flat positions in `values` to selections.
-    """
-
-    name: str
-    group: str
-    values: Tensor
-    units: int
-    selections: Callable[[Tensor], dict[str, Selection]]
+# --- choosing ----------------------------------------------------------------------------------------
 
 
 def _choose(
@@ -124,7 +110,7 @@ def _choose(
     absolute = _ranks_weights_themselves(config, score, masked)
     scores: Mapping[str, Tensor] = {}
     if config.direction == "random":
-        pass  # a number per unit is enough, see _values
+        pass  # a number per unit is enough, see `parts`
     elif absolute:
         scores = {name: c.param.detach() for name, c in masked.items()}
     else:
@@ -134,30 +120,80 @@ def _choose(
             scores = score(model, masked, data, loss_fn)
     if config.scope in ("row", "group"):
         return _choose_in_rows(config, masked, scores, absolute)
-    parts = _parts(config, masked, scores)
-    largest = config.direction != "bottom"
-    names, values = [p.name for p in parts], [p.values for p in parts]
+    found = [_drawable(p, config) for p in parts(config, masked, scores)]
+    largest = config.direction in ("top", "random")
+    names, values = [p.name for p in found], [p.values for p in found]
     if config.threshold is not None:
         picked = ops.threshold(values, names, config.threshold, largest=largest, absolute=absolute)
-        return _together(parts, picked)
+        return _together(found, picked)
+    if config.direction == "bernoulli":
+        return _together(found, [order.drawn(p.values, config.seed, p.name) for p in found])
+    groups: dict[str, list[Part]] = {}
+    for part in found:
+        groups.setdefault(part.group, []).append(part)
+    quotas = _quotas(config, groups) if config.scope == "siblings" else {}
     chosen: dict[str, Selection] = {}
-    for group in dict.fromkeys(p.group for p in parts):
-        members = [p for p in parts if p.group == group]
+    for group, members in groups.items():
+        names, values = [p.name for p in members], [p.values for p in members]
+        if config.quantile is not None:
+            picked = order.below_quantile(
+                values, names, config.quantile, largest=largest, absolute=absolute
+            )
+            chosen |= _together(members, picked)
+            continue
         if config.lora_rank is not None:
             k = _size_of_lora(masked[group], config.lora_rank)
+        elif group in quotas:
+            k = quotas[group]
         else:
             k = _number(config, sum(p.units for p in members), group, full)
-        picked = ops.topk(
-            [p.values for p in members], [p.name for p in members], k,
-            largest=largest, absolute=absolute,
-        )  # fmt: skip
+        _check_positive(config, members, k)
+        picked = ops.topk(values, names, k, largest=largest, absolute=absolute)
+        if config.ties == "all" and k:
+            bound = order.worst(values, picked, largest=largest, absolute=absolute)
+            picked = ops.threshold(values, names, bound, largest=largest, absolute=absolute)
         chosen |= _together(members, picked)
     return chosen
 
 
-def _together(parts: Sequence[_Part], picked: Sequence[Tensor]) -> dict[str, Selection]:
+def _drawable(part: Part, config: SelectConfig) -> Part:
+    """With scores that top-k turns into draws, for direction="weighted"."""
+    if config.direction != "weighted":
+        return part
+    return replace(part, values=order.clocks(part.values, config.seed, part.name))
+
+
+def _check_positive(config: SelectConfig, members: Sequence[Part], k: int) -> None:
+    if config.direction == "weighted":
+        positive = sum(int(torch.isfinite(p.values).sum()) for p in members)
+        if k > positive:
+            raise BudgetError(
+                f"cannot draw {k:,} {config.granularity}s: only {positive:,} have a score above 0"
+            )
+
+
+def _quotas(config: SelectConfig, groups: Mapping[str, Sequence[Part]]) -> dict[str, int]:
+    """How many of each set of siblings: the floor of the density, and at random what that leaves."""
+    quotas: dict[str, int] = {}
+    if config.density is None:
+        return quotas
+    places: dict[str, list[str]] = {}
+    for group, members in groups.items():
+        places.setdefault(members[0].place, []).append(group)
+        quotas[group] = _floor(config.density, sum(p.units for p in members))
+    for alike in places.values():
+        sizes = {group: sum(p.units for p in groups[group]) for group in alike}
+        left = _floor(config.density, sum(sizes.values())) - sum(quotas[g] for g in alike)
+        short = [g for g in alike if Fraction(str(config.density)) * sizes[g] > quotas[g]]
+        draws = {g: float(ops.uniform((1,), config.seed, f"{g} gets more", "cpu")) for g in short}
+        for group in sorted(short, key=lambda g: draws[g])[:left]:
+            quotas[group] += 1
+    return quotas
+
+
+def _together(found: Sequence[Part], picked: Sequence[Tensor]) -> dict[str, Selection]:
     chosen: dict[str, Selection] = {}
-    for part, positions in zip(parts, picked, strict=True):
+    for part, positions in zip(found, picked, strict=True):
         chosen |= part.selections(positions)
     return chosen
 
@@ -175,153 +211,6 @@ def _ranks_weights_themselves(
     )
 
 
-def _parts(
-    config: SelectConfig, masked: Mapping[str, Candidate], scores: Mapping[str, Tensor]
-) -> list[_Part]:
-    if config.granularity == "layer":
-        layers: dict[str, list[Candidate]] = {}
-        for name, c in masked.items():
-            layers.setdefault(c.layer or name, []).append(c)
-        return [_layer_part(config, name, members, scores) for name, members in layers.items()]
-    return [_part(config, c, scores.get(name)) for name, c in masked.items()]
-
-
-def _part(config: SelectConfig, candidate: Candidate, score: Tensor | None) -> _Part:
-    name, shape = candidate.name, candidate.shape
-    group = {"global": "", "layer": candidate.layer or name, "tensor": name}[config.scope]
-    if config.granularity == "element":
-        if score is None:
-            score = ops.uniform(shape, config.seed, name, "cpu")
-        return _Part(
-            name, group, score, candidate.numel,
-            lambda index: {name: _plain(Selection("elements", shape, index))},
-        )  # fmt: skip
-    if config.granularity == "block":
-        return _block_part(config, candidate, group, score)
-    dims: tuple[int, ...] = ()  # the tensor is one unit
-    if config.granularity != "tensor":
-        dims = candidate.row_dims if config.granularity == "row" else candidate.column_dims or ()
-    units = math.prod(shape[d] for d in dims)
-    if score is None:
-        values = ops.uniform((units,), config.seed, name, "cpu")
-    else:
-        values = _aggregated(score, dims, candidate.row_dims, config.aggregate)
-    return _Part(
-        name, group, values, units, lambda index: {name: _units_selection(index, shape, dims)}
-    )
-
-
-def _block_part(
-    config: SelectConfig, candidate: Candidate, group: str, score: Tensor | None
-) -> _Part:
-    name, shape = candidate.name, candidate.shape
-    size = config.block_size or 1
-    count, rows, columns = candidate.matrix
-    down, across = -(-rows // size), -(-columns // size)
-    units = count * down * across
-    if score is None:
-        values = ops.uniform((units,), config.seed, name, "cpu")
-    else:
-        edge = (0, across * size - columns, 0, down * size - rows)
-        grid = nn.functional.pad(as_matrices(score, candidate), edge)
-        grid = grid.reshape(count, down, size, across, size).transpose(2, 3)
-        heights = torch.full((down,), size).clamp(max=rows - size * torch.arange(down))
-        widths = torch.full((across,), size).clamp(max=columns - size * torch.arange(across))
-        sizes = (heights[:, None] * widths).flatten().repeat(count).to(score.device)
-        sums = _sums(grid.reshape(units, size * size), config.aggregate)
-        values = _finished(sums, sizes, config.aggregate)
-
-    def selections(index: Tensor) -> dict[str, Selection]:
-        if index.numel() in (0, units):
-            return {name: Selection("all" if index.numel() else "none", shape)}
-        index = index.cpu().to(torch.int64)[:, None, None]
-        row = index // across % down * size + torch.arange(size)[:, None]
-        column = index % across * size + torch.arange(size)
-        matrix = index // (across * down)
-        flat = ((matrix * rows + row) * columns + column)[(row < rows) & (column < columns)]
-        where = from_units(flat.sort().values, shape, candidate.row_dims)
-        return {name: Selection("elements", shape, where)}
-
-    return _Part(name, group, values, units, selections)
-
-
-def _layer_part(
-    config: SelectConfig, name: str, members: list[Candidate], scores: Mapping[str, Tensor]
-) -> _Part:
-    if config.direction == "random":
-        values = ops.uniform((1,), config.seed, name, "cpu")
-    else:
-        rows = [as_units(scores[c.name], c.row_dims) for c in members]
-        values = _whole(rows, config.aggregate)
-
-    def selections(index: Tensor) -> dict[str, Selection]:
-        return {c.name: Selection("all", c.shape) for c in members} if index.numel() else {}
-
-    return _Part(name, "", values, 1, selections)
-
-
-def _units_selection(index: Tensor, shape: tuple[int, ...], dims: tuple[int, ...]) -> Selection:
-    """The selection of whole units: rows or columns as stored where that is what they are."""
-    units = math.prod(shape[d] for d in dims)
-    if index.numel() in (0, units):
-        return Selection("all" if index.numel() else "none", shape)
-    if dims == (0,):
-        return Selection("rows", shape, index)
-    if dims == (1,):
-        return Selection("columns", shape, index)
-    size = math.prod(shape) // units
-    positions = index.to(torch.int64)[:, None] * size + torch.arange(size, device=index.device)
-    return Selection("elements", shape, from_units(positions.reshape(-1), shape, dims))
-
-
-def _plain(selection: Selection) -> Selection:
-    return Selection("all", selection.shape) if selection.count == selection.numel else selection
-
-
-# --- scores of larger units --------------------------------------------------------------------------
-
-
-# torch sums to a single number with as many partial sums as there are threads. Sums of rows, one number
-# each, and numpy's sums do not depend on threads.
-
-
-def _aggregated(
-    score: Tensor, dims: tuple[int, ...], row_dims: tuple[int, ...], aggregate: str
-) -> Tensor:
-    """One float32 score per unit, summed in float64."""
-    if not dims:
-        return _whole([as_units(score, row_dims)], aggregate)
-    units = as_units(score, dims)
-    return _finished(_sums(units, aggregate), units.shape[1], aggregate)
-
-
-def _whole(parts: list[Tensor], aggregate: str) -> Tensor:
-    """One float32 score for several tensors of rows together."""
-    sums = np.concatenate([_sums(part, aggregate).cpu().numpy() for part in parts])
-    count = sum(part.numel() for part in parts)
-    return _finished(torch.from_numpy(np.sum(sums, keepdims=True)), count, aggregate)
-
-
-def _sums(units: Tensor, aggregate: str) -> Tensor:
-    """Float64 sums (of squares for l2) of each unit."""
-    wide = units.to(torch.float64) if aggregate == "l2" or units.shape[0] == 1 else units
-    if aggregate == "l2":
-        wide = wide * wide
-    if units.shape[0] == 1:
-        return torch.from_numpy(np.sum(wide.cpu().numpy(), axis=1))
-    return wide.sum(1, dtype=torch.float64)
-
-
-def _finished(sums: Tensor, count: int | Tensor, aggregate: str) -> Tensor:
-    if aggregate in ("mean", "abs_of_mean"):
-        sums = sums / (count if isinstance(count, Tensor) else max(count, 1))
-    if aggregate == "abs_of_mean":
-        sums = sums.abs()
-    elif aggregate == "l2":
-        sums = sums.sqrt()
-    return sums.to(torch.float32)
-
-
 # --- rows with a budget each ---------------------------------------------------------------------------
 
 
@@ -337,6 +226,8 @@ def _choose_in_rows(
         score = scores.get(name)
         if score is None:
             score = ops.uniform(c.shape, config.seed, name, "cpu")
+        elif config.direction == "weighted":
+            score = order.clocks(score, config.seed, name)
         rows = as_units(score, c.row_dims)
         if not rows.numel():
             continue
@@ -351,12 +242,9 @@ def _choose_in_rows(
                 f"{rows.shape[1]} elements"
             )
         k = min(quotas.get(name, k), rows.shape[1])
-        index = ops.topk_rows(
-            rows, name, k, largest=config.direction != "bottom", absolute=absolute
-        )
-        chosen[name] = _plain(
-            Selection("elements", c.shape, from_units(index, c.shape, c.row_dims))
-        )
+        largest = config.direction in ("top", "random")
+        index = ops.topk_rows(rows, name, k, largest=largest, absolute=absolute)
+        chosen[name] = plain(Selection("elements", c.shape, from_units(index, c.shape, c.row_dims)))
     return chosen
 
 
@@ -425,7 +313,7 @@ def _budget(config: SelectConfig) -> str:
     for name in BUDGETS:
         if getattr(config, name) is not None:
             return f"{name}={getattr(config, name)}"
-    return "no budget"
+    return f"direction={config.direction!r}"
 
 
 def _check_columns(config: SelectConfig, masked: Mapping[str, Candidate]) -> None:

@@ -9,7 +9,7 @@ from tiny_hf import llama, tokens, trainer
 from training import assert_frozen, snapshot
 
 import retouch
-from retouch.scores import Difference, LowRankMagnitude
+from retouch.scores import Difference, LowRankMagnitude, Probe
 
 # Two layers of q 32x32, k and v 16x32, o 32x32, gate and up 48x32, down 32x48: 7680 weights and 64 of
 # norms each; 3104 of the embedding and of the output, 32 of the last norm; 21728 in all.
@@ -20,6 +20,9 @@ BUDGETS = {
     "child-tuning-d": (4646 + OUTSIDE, {}),  # floor(0.3 * 2 * LAYER)
     "fish": (108, {}),  # floor(0.005 * ALL)
     "gps": (ROWS, {}),
+    "hft": (None, {}),  # see its oracle
+    "hft-layer": (LAYER + OUTSIDE, {}),
+    "hft-model": (None, {}),
     "irepair-fixed": (LAYER, {}),
     "kappatune": (None, {}),  # two tensors, of whichever size
     "lift": (2 * 928, {"score": LowRankMagnitude(2), "lora_rank": 2}),
@@ -27,12 +30,14 @@ BUDGETS = {
     "lota": (1536, {}),
     "lt-sft": (217, {}),
     "magnitude": (153, {}),
+    "model-surgery": (4 * 32, {"score": Probe(range(1, 33))}),  # floor(0.0465 * 96) rows
     "neuroada": (ROWS, {}),
     "neuroada-grad": (ROWS, {}),
     "pafi": (108, {}),
     "perp": (5 * 32, {}),
     "random": (153, {}),
     "rl-subnetwork": (ALL // 2, {}),
+    "roast-fixed": (None, {}),  # by chance
     "rocoft-column": (ROWS, {}),
     "rocoft-row": (2 * (6 * 32 + 48), {}),
     "rosa": (2 * (3 + 1 + 1 + 3 + 3 * 4), {}),

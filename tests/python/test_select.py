@@ -379,7 +379,7 @@ def test_threads_change_nothing(granularity: str, aggregate: str) -> None:
 
 @pytest.mark.parametrize("threads", [2, 3])
 def test_threads_do_not_change_sums_of_tensors(threads: int) -> None:
-    from retouch.select import _aggregated
+    from retouch.parts import _aggregated
 
     torch.manual_seed(0)
     score = torch.randn(3, 300_001) * 1e3

@@ -12,6 +12,7 @@ ATTENTION_INPUTS = (
     r"(.*\.)?(q_proj|k_proj|v_proj|qkv_proj|query|key|value|query_key_value|c_attn|qkv|"
     r"q_lin|k_lin|v_lin|SelfAttention\.[qkv]|EncDecAttention\.[qkv])"
 )
+GATES_OF_MLP = r"(.*\.)?(gate_proj|w1)"
 LAYER_SCALES = r"(.*\.)?(gamma|lambda_?[12]?|layer_scale_parameter)"
 VISUAL_PROJECTION = r"(.*\.)?(visual\.proj|visual_projection)"
 CLASS_TOKEN = r"(.*\.)?cls_token"
@@ -30,6 +31,7 @@ WORDS = {
     FIRST_OF_MLP: "first linear layers of MLPs",
     LAST_OF_MLP: "last linear layers of MLPs",
     ATTENTION_INPUTS: "queries, keys and values",
+    GATES_OF_MLP: "gate projections of MLPs",
     LAYER_SCALES: "layer scales",
     VISUAL_PROJECTION: "visual projection",
     CLASS_TOKEN: "class token",

@@ -82,12 +82,15 @@ class Recipe:
     def budget(self) -> str:
         """The default budget; from the config."""
         config = SelectConfig(**self.config)
+        if config.direction == "bernoulli":
+            return "each by its own chance"
         for name in BUDGETS:
             value = getattr(config, name)
             if value is not None:
-                ends = f" {config.direction}" if config.direction == "bottom" else ""
+                ends = f" {config.direction}" if config.direction in ("bottom", "weighted") else ""
+                frozen = " frozen" if config.polarity == "freeze" else ""
                 counted = ", all counted" if config.counted_in_budget is True else ""
-                return f"{name}={value:g}{ends}{counted}"
+                return f"{name}={value:g}{ends}{frozen}{counted}"
         return "all of them"
 
 

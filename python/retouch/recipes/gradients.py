@@ -11,7 +11,7 @@ from retouch.recipes._modules import (
     VISUAL_PROJECTION,
 )
 from retouch.recipes._registry import Recipe
-from retouch.scores import Fisher, Gradient, GradStat
+from retouch.scores import Fisher, Gradient, GradStat, SoftRank
 
 Recipe(
     id="fish",
@@ -190,7 +190,8 @@ Recipe(
     cost="16 batches",
     notes=(
         "The sensitive weights alone. The paper gives a LoRA to each matrix with many of them, and "
-        "trains a bias or norm whole that has many; neither is here. It tries 0.2 to 1.0 M weights "
+        "trains a bias or norm whole that has many: retouch.escalate(mask, model) says which. It "
+        "tries 0.2 to 1.0 M weights "
         "of ViT-B/16 (0.2 to 1.2 %) and reports the best. Its weight decay pulls to the pretrained "
         "weights, ours to 0."
     ),
@@ -347,4 +348,31 @@ Recipe(
     ),
     year=2025,
     arxiv="2502.07072",
+)
+
+Recipe(
+    id="roast-fixed",
+    title="RoAST, one draw",
+    config={
+        "score": SoftRank(Fisher(level="batch", outer="mean", training=True), alpha=0.9, beta=10.0),
+        "direction": "bernoulli",
+        "target_modules": IN_LAYERS,
+        "modules_to_save": OUTSIDE_LAYERS,
+    },
+    scores="sigmoid of the rank of the mean of squared gradients of batches",
+    cost="one pass over the training data",
+    notes=(
+        "Each weight in layers is drawn with a chance that rises with the rank of its score, 10.6 % "
+        "of them in all; alpha=0.6 and beta=1 (45 %) for entailment. The method scores and draws "
+        "anew in each epoch, can divide gradients by their chances, and trains against adversarial "
+        "embeddings; here is one draw. Its code leaves the first batch out of the scores, and ranks "
+        "equal scores at random: here they have the mean of their ranks."
+    ),
+    source="the released code",
+    variant="released",
+    paper=(
+        "RoAST: Robustifying Language Models via Adversarial Perturbation with Selective Training"
+    ),
+    year=2023,
+    arxiv="2312.04032",
 )

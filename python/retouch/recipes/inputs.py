@@ -16,7 +16,7 @@ _SSU: dict[str, Any] = {
 }
 _SHIELD: dict[str, Any] = {
     "granularity": "column",
-    "direction": "bottom",
+    "polarity": "freeze",
     "density": 0.5,
     "scope": "tensor",
     "embeddings": "full",
@@ -27,7 +27,7 @@ _SHIELD_NOTES = (
     "Freezes the half of the input features of each linear layer that matter most for what the "
     "model knows, and trains the rest: data are samples of the source, not of the target. "
     "Embeddings and the output are trained whole; the paper freezes the rows of special tokens in "
-    "them, which are to be taken out of the mask. The paper also trains half of each norm; here "
+    "them: mask - Mask.from_tokens(model, ids). The paper also trains half of each norm; here "
     "they are frozen."
 )
 

@@ -1,7 +1,31 @@
 """Selections by kind or by chance: no scores, no data."""
 
-from retouch.recipes._modules import EVERYTHING, LAST_OF_MLP, LAYERS_9_TO_14
+from typing import Any
+
+from retouch.recipes._modules import (
+    EVERYTHING,
+    IN_LAYERS,
+    LAST_OF_MLP,
+    LAYERS_9_TO_14,
+    OUTSIDE_LAYERS,
+)
 from retouch.recipes._registry import Recipe
+
+_HFT: dict[str, Any] = {
+    "scores": "chance",
+    "cost": "none",
+    "source": "summaries of the paper, and a re-implementation",
+    "variant": "paper",
+    "paper": "HFT: Half Fine-Tuning for Large Language Models",
+    "year": 2024,
+    "arxiv": "2404.18466",
+}
+_HALVES: dict[str, Any] = {
+    "direction": "random",
+    "polarity": "freeze",
+    "density": 0.5,
+}
+_ROUNDS = " The paper draws anew in each round or task: select with another seed."
 
 Recipe(
     id="bitfit",
@@ -162,4 +186,48 @@ Recipe(
     paper="RoCoFT: Efficient Finetuning of Large Language Models with Row-Column Updates",
     year=2024,
     arxiv="2410.10075",
+)
+
+Recipe(
+    id="hft",
+    title="HFT, by category",
+    config=_HALVES
+    | {
+        "granularity": "tensor",
+        "scope": "siblings",
+        "norms": "masked",
+        "embeddings": "full",
+        "heads": "full",
+    },
+    notes=(
+        "Freezes two of the four matrices of each attention, one or two of the three of each MLP (in "
+        "half of the layers each) and one norm of two; embeddings and output are trained whole. A "
+        "module that fuses several projections counts as one; biases of linear layers are frozen."
+        + _ROUNDS
+    ),
+    **_HFT,
+)
+
+Recipe(
+    id="hft-layer",
+    title="HFT, by layer",
+    config=_HALVES
+    | {
+        "granularity": "layer",
+        "target_modules": IN_LAYERS,
+        "modules_to_save": OUTSIDE_LAYERS,
+    },
+    notes="Freezes half of the layers; all else is trained whole. An ablation of the paper."
+    + _ROUNDS,
+    **_HFT,
+)
+
+Recipe(
+    id="hft-model",
+    title="HFT, by model",
+    config=_HALVES
+    | {"granularity": "tensor", "norms": "masked", "embeddings": "full", "heads": "full"},
+    notes="Freezes half of all matrices and norms, wherever they are. An ablation of the paper."
+    + _ROUNDS,
+    **_HFT,
 )

@@ -1,7 +1,8 @@
 """Selections by the weights alone."""
 
+from retouch.recipes._modules import GATES_OF_MLP
 from retouch.recipes._registry import Recipe
-from retouch.scores import ConditionNumber, LowRankMagnitude
+from retouch.scores import ConditionNumber, LowRankMagnitude, Probe
 
 Recipe(
     id="magnitude",
@@ -148,4 +149,30 @@ Recipe(
     ),
     year=2025,
     arxiv="2506.16289",
+)
+
+Recipe(
+    id="model-surgery",
+    title="Model Surgery, rows",
+    config={
+        "score": Probe(),
+        "direction": "bottom",
+        "granularity": "row",
+        "density": 0.0465,
+        "target_modules": GATES_OF_MLP,
+    },
+    scores="cosine of a row and a behaviour probe",
+    cost="a linear probe of hidden states, trained before",
+    notes=(
+        "The rows of the gate projections that point away from a direction, 16384 of those of "
+        "Llama-2-7B: pass score=retouch.scores.Probe(vector), where vector is the probe's weight for "
+        "the unwanted class. The paper trains nothing: it adds alpha * vector to these rows, with "
+        "alpha=1, weight.data[mask[name].index] += alpha * vector; the length of the vector depends "
+        "on how the probe was trained."
+    ),
+    source="the released code",
+    variant="released",
+    paper="Model Surgery: Modulating LLM's Behavior Via Simple Parameter Editing",
+    year=2024,
+    arxiv="2407.08770",
 )

@@ -15,6 +15,7 @@ from retouch.names import score_names
 from retouch.scores.activations import Activation, Wanda
 from retouch.scores.base import Combined, Score, as_score
 from retouch.scores.gradients import D3, Fisher, Gradient, GradStat, Sensitivity, TrueFisher
+from retouch.scores.ranks import SoftRank
 from retouch.scores.weights import (
     ConditionNumber,
     Constant,
@@ -22,6 +23,7 @@ from retouch.scores.weights import (
     LowRankMagnitude,
     Magnitude,
     Moved,
+    Probe,
     Random,
     Stripes,
 )
@@ -39,9 +41,11 @@ __all__ = [
     "LowRankMagnitude",
     "Magnitude",
     "Moved",
+    "Probe",
     "Random",
     "Score",
     "Sensitivity",
+    "SoftRank",
     "Stripes",
     "TrueFisher",
     "Wanda",

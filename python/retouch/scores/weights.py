@@ -269,6 +269,77 @@ class Difference(Score):
         return CUSTOM
 
 
+@register("probe", alone=False)
+@dataclass(frozen=True, repr=False)
+class Probe(Score):
+    """The cosine between each row of a weight and a direction among its input features.
+
+    Model Surgery (arXiv 2407.08770), whose direction is the weight of a linear probe of hidden
+    states; it takes the rows that point away from it, ``direction="bottom"``. In float64; 0 where a
+    row is 0.
+
+    Attributes:
+        vector: The direction: a tensor or numbers, one for each input feature; kept as a tuple of
+            floats, so that a config with it can be written to a file.
+
+    Raises:
+        HyperparameterError: It is not a row of finite numbers of which one is not 0.
+    """
+
+    vector: Any = None
+
+    def __post_init__(self) -> None:
+        if self.vector is None:
+            return
+        vector = torch.as_tensor(self.vector).detach().to("cpu", torch.float64)
+        finite = vector.dim() == 1 and bool(torch.isfinite(vector).all())
+        if not finite or not bool(vector.any()):
+            raise HyperparameterError(
+                f"Probe: a vector of shape {tuple(vector.shape)}; wanted finite numbers in one "
+                "dimension, not all 0"
+            )
+        object.__setattr__(self, "vector", tuple(vector.tolist()))
+
+    def __repr__(self) -> str:
+        """Says how long the direction is."""
+        return f"Probe({'no vector' if self.vector is None else f'{len(self.vector)} numbers'})"
+
+    def __call__(
+        self,
+        model: nn.Module,
+        eligible: Eligible,
+        data: Any = None,
+        loss_fn: LossFn | None = None,
+    ) -> dict[str, Tensor]:
+        """See `Score`.
+
+        Raises:
+            HyperparameterError: A parameter is no matrix.
+            ScoreError: There is no vector, its length is not that of the rows, or a weight is NaN.
+        """
+        if self.vector is None:
+            raise ScoreError(
+                "the score needs a direction: score=retouch.scores.Probe(vector), for example the "
+                "weight of a linear probe"
+            )
+        scores = {}
+        for name, candidate in eligible.items():
+            rows = _matrices(name, candidate)
+            if rows.shape[2] != len(self.vector):
+                raise ScoreError(
+                    f"{name} has {rows.shape[2]} input features, the probe {len(self.vector)}: name "
+                    "the layers that read what it was trained on in target_modules"
+                )
+            vector = torch.tensor(self.vector, dtype=torch.float64, device=rows.device)
+            # sums of rows, which do not depend on threads
+            norms = rows.square().sum(2).sqrt() * vector.square().sum().sqrt()
+            cosines = (rows * vector).sum(2) / torch.where(norms > 0, norms, 1.0)
+            scores[name] = from_matrices(
+                cosines.to(torch.float32)[:, :, None].expand(candidate.matrix), candidate
+            )
+        return scores
+
+
 @register("moved")
 @dataclass(frozen=True)
 class Moved(Score):
