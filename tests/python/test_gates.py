@@ -311,7 +311,7 @@ def test_checkpointed_models_learn_the_same() -> None:
 
 def test_mistakes_are_named() -> None:
     model = llama()
-    with pytest.raises(errors.HyperparameterError, match="wanted a retouch.gates.LearnedGates"):
+    with pytest.raises(errors.HyperparameterError, match=r"wanted a retouch\.gates\.LearnedGates"):
         install(model, "magnitude", density=0.1)
     with pytest.raises(errors.HyperparameterError, match=r"gate='soft'; wanted straight_through"):
         LearnedGates(gate="soft")
