@@ -30,7 +30,7 @@ from retouch.eligible import own_parameters
 from retouch.errors import EngineError, FormatError
 from retouch.masks import Selection
 from retouch.migrate import Kept, State, pack_pieces, unpack_pieces
-from retouch.restore import Part, describe, restore, restore_past
+from retouch.resume import Part, describe, restore, restore_past
 from retouch.slots import Slot, same_bits
 
 if TYPE_CHECKING:

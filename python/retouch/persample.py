@@ -350,10 +350,19 @@ def _tokens(x: Tensor) -> Tensor:
     return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
+def _felt(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Without the positions whose dy is 0 in all samples, as all but the pooled one of a last layer."""
+    quiet = (dy[..., 0] == 0).all(0)
+    if bool(quiet.any()):
+        quiet[quiet.clone()] = (dy[:, quiet] == 0).all(-1).all(0)
+        dy, x = dy[:, ~quiet], x[:, ~quiet]
+    return dy, x
+
+
 def _linear(module: nn.Module, names: dict[str, str], x: Tensor, dy: Tensor, sink: _Sink) -> None:
     dy = _tokens(dy)
     if "weight" in names:
-        sink.outer(names["weight"], dy, _tokens(x))
+        sink.outer(names["weight"], *_felt(dy, _tokens(x)))
     if "bias" in names:
         sink.stack(names["bias"], dy.sum(1))
 
@@ -361,7 +370,8 @@ def _linear(module: nn.Module, names: dict[str, str], x: Tensor, dy: Tensor, sin
 def _conv1d(module: nn.Module, names: dict[str, str], x: Tensor, dy: Tensor, sink: _Sink) -> None:
     dy = _tokens(dy)
     if "weight" in names:
-        sink.outer(names["weight"], _tokens(x), dy)
+        felt, inputs = _felt(dy, _tokens(x))
+        sink.outer(names["weight"], inputs, felt)
     if "bias" in names:
         sink.stack(names["bias"], dy.sum(1))
 

@@ -1,110 +1,196 @@
-"""Going back to a saved state of a run: masks, values, bases, and what has moved and is frozen now."""
+"""Putting weights back, or towards others, at the coordinates of a mask and nowhere else.
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple
+One step of PSMT (arXiv 2407.02253, the released code), whose student returns where the Fisher information
+of the batch is lowest and whose teacher follows it:
 
-from torch import Tensor
+    >>> optimizer.step()                                           # the student
+    >>> ema_(teacher, student, 0.999)
+    >>> low = low_quantile(squared_gradients, 0.03, student)
+    >>> restore_(student, low, source)
+    >>> restore_(teacher, low, student)
+    >>> ema_(teacher, student, 0.999, ~low)                        # a second time, elsewhere
 
-from retouch.eligible import own_parameters
-from retouch.errors import FormatError, MaskError
-from retouch.masks import Mask
-from retouch.migrate import Piece
-from retouch.routes import plan
-from retouch.selection import Selection
+The rewind of LT-SFT (arXiv 2110.07560) and LoTA (arXiv 2406.16797), train, select by the difference, go
+back, train what was selected:
 
-if TYPE_CHECKING:
-    from retouch.compact import Engine
+    >>> start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    >>> train(model)
+    >>> mask = retouch.select(model, "lt-sft", score=retouch.scores.Difference(start))
+    >>> restore_(model, Mask.full(model), start)
+    >>> optimizer = retouch.wrap(torch.optim.AdamW, mask, model, lr=1e-4)
+"""
 
-__all__ = ["Part", "describe", "restore", "restore_past"]
+import math
+from collections.abc import Iterator, Mapping
+from fractions import Fraction
 
+import torch
+from torch import Tensor, nn
 
-class Part(NamedTuple):
-    """What is saved of one masked parameter; see `Slot`."""
+from retouch import ops
+from retouch.eligible import PLACE, own_parameters
+from retouch.engine import get_engine
+from retouch.errors import BudgetError, EngineError, HyperparameterError, MaskError
+from retouch.masks import Mask, Selection
+from retouch.slots import Slot
 
-    selection: Selection
-    value: Tensor
-    base: Tensor
-    base_hash: str
-
-
-def describe(engine: "Engine") -> dict[str, Any]:
-    """What is saved of a run beside masks and values: JSON-able."""
-    metadata = engine.mask.metadata if engine.mask is not None else {}
-    moving = engine.mover.describe() if engine.mover is not None else None
-    return {"hashes": engine.hashes, "metadata": metadata, "moving": moving}
+__all__ = ["ema_", "low_quantile", "restore_"]
 
 
-def restore(
-    engine: "Engine",
-    parts: dict[str, Part],
-    before: Iterable[str],
-    run: dict[str, Any],
-) -> None:
-    """Goes back to a saved mask, its values and its base.
+def low_quantile(scores: Mapping[str, Tensor], fraction: float, model: nn.Module) -> Mask:
+    """The coordinates whose score is below a quantile of all scores together, strictly.
+
+    The quantile lies at position ``fraction * (n - 1)`` of the ascending scores and is interpolated
+    linearly between its neighbours; ties with it are left out. Nothing is concatenated or sorted whole.
 
     Args:
-        engine: Of the model.
-        parts: Of each selected parameter the selection, values, base and hash of the base.
-        before: Parameters of the same optimizer, which are frozen again unless in `parts`.
-        run: What `describe` returned when the state was saved.
+        scores: A floating-point tensor of the parameter's shape for each name; squared gradients, say.
+        fraction: In [0, 1], with its decimal digits as they are written.
+        model: The model that the names are of.
+
+    Returns:
+        The mask; empty if nothing lies below.
 
     Raises:
+        ScoreError: A score is NaN; the error names its parameter.
+        HyperparameterError: Another fraction.
+        BudgetError: No scores.
         MaskError: The model has no such parameter, or one of another shape.
-        FormatError: Sizes or dtypes that do not fit together.
     """
-    model = engine.owner()
-    known = dict(own_parameters(model))
-    for name, (selection, value, base, _) in parts.items():
-        param = known.get(name)
-        if param is None or tuple(param.shape) != selection.shape:
-            have = "no such parameter" if param is None else f"shape {tuple(param.shape)}"
-            raise MaskError(f"saved {name} has shape {selection.shape}; the model has {have}")
-        if base.dtype != param.dtype:
-            raise MaskError(f"saved {name} is {base.dtype}, in this model {param.dtype}")
-        engine.check_trainable(name, param)
-        if value.shape != base.shape or value.numel() != selection.count:
-            raise FormatError(
-                f"saved {name}: {selection.count} selected, but {value.numel()} values and "
-                f"{base.numel()} base values"
-            )
-    for name in before:
-        slot = engine.slots[name]
-        slot.selection.put_(slot.param, slot.base, name)  # what is not restored is frozen
-        if name not in parts:
-            engine.clear(name)
-    engine.hashes = dict(run.get("hashes") or engine.hashes)
-    paths = plan(model, {n: p.selection for n, p in parts.items()}, engine.path_gradient)
-    for name, (selection, value, base, base_hash) in parts.items():
-        engine.fill(name, known[name], selection, value, base, paths[name], base_hash)
-        engine.slots[name].write()
-    engine.freeze_rest(model)
-    metadata = dict(run.get("metadata") or {})
-    engine.mask = Mask({n: s.selection for n, s in engine.slots.items()}, model, metadata)
+    if not 0 <= fraction <= 1:
+        raise HyperparameterError(f"fraction={fraction!r}; wanted a number in [0, 1]")
+    names, values = list(scores), [s.detach().to(torch.float32) for s in scores.values()]
+    count = sum(v.numel() for v in values)
+    if not count:
+        raise BudgetError("there are no scores to take a quantile of")
+    place = Fraction(str(fraction)) * (count - 1)
+    first = math.floor(place)
+    picked = ops.topk(values, names, min(first + 2, count), largest=False)
+    lowest = [v.reshape(-1).index_select(0, i) for v, i in zip(values, picked, strict=True)]
+    order = torch.cat([part.cpu() for part in lowest]).sort().values
+    at = order[first]
+    between = place > first and bool(order[first + 1] > at)
+    # between two neighbours, all up to the lower one lie below; else all before it
+    bound = at if between else torch.nextafter(at, torch.tensor(-math.inf))
+    found = ops.threshold(values, names, float(bound), largest=False)
+    if not between and float(at) == -math.inf:
+        found = [index[:0] for index in found]
+    chosen = {
+        name: Selection("elements", tuple(scores[name].shape), index)
+        for name, index in zip(names, found, strict=True)
+        if index.numel()
+    }
+    return Mask(chosen, model, {"quantile": fraction, "below": float(at)})
 
 
-def restore_past(engine: "Engine", past: dict[str, Piece], now: list[Tensor]) -> None:
-    """Goes back to what had moved and was frozen when a state was saved.
+def restore_(
+    model: nn.Module, mask: Mask, source: nn.Module | Mapping[str, Tensor] | None = None
+) -> None:
+    """Gives the coordinates of a mask the values of a source, bit for bit; the others keep their bits.
+
+    Of a wrapped model the compact values follow, so that training goes on from what was restored; the
+    state of the optimizer is kept.
+
+    Args:
+        model: The model; wrapped or not.
+        mask: Which coordinates; of a wrapped model only such as may move.
+        source: A model or tensors by name, of the model's shapes and dtypes. None: the base of a
+            wrapped model.
 
     Raises:
-        MaskError: The model has no such parameter, or another one.
-        FormatError: Sizes or dtypes that do not fit together.
+        MaskError: The mask does not fit the model, the source lacks a parameter or has one of another
+            shape or dtype, or the mask holds coordinates that a wrapped model keeps frozen. Nothing
+            has been written then.
+        EngineError: No source, and the model is not wrapped.
     """
-    known = dict(own_parameters(engine.owner()))
-    for name, piece in past.items():
-        param = known.get(name)
-        if param is None or tuple(param.shape) != piece.selection.shape:
-            raise MaskError(f"saved {name} has shape {piece.selection.shape}; not so the model")
-        if piece.values.dtype != param.dtype:
-            raise MaskError(f"saved {name} is {piece.values.dtype}, in this model {param.dtype}")
-    if len(now) != len(past):
-        raise FormatError(f"{len(past)} frozen parameters with the values of {len(now)}")
-    for name in [*engine.past]:
-        if name not in past:
-            engine.past.put_back(name, known[name])
-    for (name, piece), values in zip(past.items(), now, strict=True):
-        if name in engine.past:
-            engine.past.put_back(name, known[name])
-        Piece(piece.selection, values).put_(known[name], name)
-        if name in engine.slots:
-            engine.slots[name].version = known[name]._version
-        engine.past[name] = Piece(piece.selection, piece.values.to(known[name].device))
+    mask.check(model)
+    slots = _slots(model, mask)
+    if source is None and slots is None:
+        raise EngineError(
+            f"{type(model).__name__} is not wrapped, so it has no base of its own: pass a source"
+        )
+    known = dict(own_parameters(model))
+    if source is None:
+        assert slots is not None
+        for name, selection in mask.items():
+            if selection.count:
+                param, slot = known[name], slots[name]
+                whole = param.detach().clone()
+                slot.selection.put_(whole, slot.base, name)
+                selection.put_(param, selection.take(whole, name), name)
+                slot.sync()
+        return
+    for (name, selection), values in zip(mask.items(), _values(mask, known, source), strict=True):
+        selection.put_(known[name], selection.take(values, name).to(known[name].device), name)
+        if slots is not None and name in slots:
+            slots[name].sync()
+
+
+def ema_(
+    target: nn.Module,
+    source: nn.Module | Mapping[str, Tensor],
+    decay: float,
+    mask: Mask | None = None,
+) -> None:
+    """``target = decay * target + (1 - decay) * source`` at the coordinates of a mask.
+
+    Computed in float32 (float64 for float64) and rounded once; buffers are left alone.
+
+    Args:
+        target: The teacher; of a wrapped one the compact values follow.
+        source: The student, or its tensors by name.
+        decay: In [0, 1].
+        mask: Which coordinates; default all floating-point parameters.
+
+    Raises:
+        HyperparameterError: Another decay.
+        MaskError: See `restore_`.
+    """
+    if not 0 <= decay <= 1:
+        raise HyperparameterError(f"decay={decay!r}; wanted a number in [0, 1]")
+    mask = Mask.full(target) if mask is None else mask
+    mask.check(target)
+    slots = _slots(target, mask)
+    known = dict(own_parameters(target))
+    for (name, selection), values in zip(mask.items(), _values(mask, known, source), strict=True):
+        param = known[name]
+        old = selection.gather(param.detach(), name)
+        new = selection.gather(values, name).to(old.device)
+        selection.scatter_(param, old * decay + new * (1 - decay), name)
+        if slots is not None and name in slots:
+            slots[name].sync()
+
+
+def _slots(model: nn.Module, mask: Mask) -> dict[str, Slot] | None:
+    """The slots of a wrapped model, in which all of the mask may move; None of a plain one."""
+    if PLACE not in model._modules:
+        return None
+    engine = get_engine(model)
+    engine.check()
+    for name, selection in mask.items():
+        slot = engine.slots.get(name)
+        if selection.count and (slot is None or (selection - slot.selection).count):
+            raise MaskError(
+                f"{name}: the mask holds coordinates that the wrapped model keeps frozen; use "
+                "mask & model._retouch.mask"
+            )
+    return engine.slots
+
+
+def _values(
+    mask: Mask, known: Mapping[str, Tensor], source: nn.Module | Mapping[str, Tensor]
+) -> Iterator[Tensor]:
+    """The source's tensor for each name of a mask; all are checked before the first is given."""
+    held = dict(own_parameters(source)) if isinstance(source, nn.Module) else source
+    found = []
+    for name in mask:
+        values = held.get(name)
+        if not isinstance(values, Tensor):
+            raise MaskError(f"the source has no tensor {name!r}")
+        if values.shape != known[name].shape or values.dtype != known[name].dtype:
+            raise MaskError(
+                f"{name} is {values.dtype} of shape {tuple(values.shape)} in the source; wanted "
+                f"{known[name].dtype} of shape {tuple(known[name].shape)}"
+            )
+        found.append(values.detach())
+    return iter(found)

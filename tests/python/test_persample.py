@@ -289,6 +289,31 @@ def test_a_sample_without_labels_is_an_error_as_alone() -> None:
         Fisher()(model, eligible(model), [batch])
 
 
+def test_positions_without_a_gradient_are_left_out() -> None:
+    """Of the last layer only the first token is pooled; padding at the end has no loss."""
+    shapes: dict[str, set[int]] = {}
+    outer = persample._Sums.outer
+
+    def record(self, name, left, right):
+        shapes.setdefault(name, set()).add(left.shape[1])
+        outer(self, name, left, right)
+
+    with mock.patch.object(persample._Sums, "outer", record):
+        batch = {"input_ids": tiny.tokens(5, 7), "labels": torch.arange(5) % 3}
+        compare(Fisher(), tiny.bert(), [batch], WHOLE)
+        layer = "bert.encoder.layer.{}.output.dense.weight"
+        assert shapes[layer.format(1)] == {1} and shapes[layer.format(0)] == {7}
+        shapes.clear()
+        batch = padded(length=8)
+        batch["labels"][:, 5:] = -100
+        compare(Fisher(), tiny.llama(), [batch], WHOLE)
+        assert shapes["lm_head.weight"] == {4}  # of token 0 to 3 the next one is asked for
+    dy, x = torch.zeros(2, 3, 2), torch.randn(2, 3, 4)
+    dy[1, 1, 1] = 1.0  # the first feature alone says nothing
+    assert torch.equal(persample._felt(dy, x)[1], x[:, 1:2])
+    assert persample._felt(torch.zeros(2, 3, 2), x)[0].shape == (2, 0, 2)
+
+
 # --- what it leaves and takes --------------------------------------------------------------------------
 
 

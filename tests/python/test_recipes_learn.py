@@ -1,6 +1,7 @@
 """Every recipe on a real model: exactly its budget, a loss that falls, and nothing else that moves."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -15,10 +16,17 @@ from retouch.scores import Difference, LowRankMagnitude, Probe
 # norms each; 3104 of the embedding and of the output, 32 of the last norm; 21728 in all.
 LAYER, OUTSIDE, ALL = 7680 + 64, 2 * 3104 + 32, 21728
 ROWS = 2 * 224
+TAPS, DIFF_PRUNING, STRUCTURED = (
+    retouch.recipes.info(name).config["score"]
+    for name in ("taps", "diff-pruning", "diff-pruning-structured")
+)
 # What is selected of it, by hand. Sizes for large matrices are scaled down, as written on the right.
 BUDGETS = {
     "child-tuning-d": (4646 + OUTSIDE, {}),  # floor(0.3 * 2 * LAYER)
     "fish": (108, {}),  # floor(0.005 * ALL)
+    # learned in few steps on a small model: higher rates, fewer batches a step
+    "diff-pruning": (108, {"score": replace(DIFF_PRUNING, lr=1e-3)}),
+    "diff-pruning-structured": (108, {"score": replace(STRUCTURED, lr=1e-3)}),
     "gps": (ROWS, {}),
     "hft": (None, {}),  # see its oracle
     "hft-layer": (LAYER + OUTSIDE, {}),
@@ -59,6 +67,8 @@ BUDGETS = {
     "ssu-released": (LAYER - 64 + 2 * 3104, {}),
     "supertuning": (150, {}),
     "supertuning-wanda": (150, {}),
+    # whichever gates are open
+    "taps": (None, {"score": replace(TAPS, epochs=6, penalty=0.44, accumulate=1, lr=0.02)}),
     "tr-pts": (None, {}),  # see its oracle
     "bitfit": (None, {}),  # a Llama has none
     # Those whose selection moves; here as one selection, see `test_a_moving_recipe_learns`.

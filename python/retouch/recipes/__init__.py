@@ -7,12 +7,13 @@
 A recipe holds declarations only; whatever it computes is a score or a selector of this package.
 """
 
-from retouch.recipes import gradients, inputs, moving, plain, references, shira, weights
+from retouch.recipes import gates, gradients, inputs, moving, plain, references, shira, weights
 from retouch.recipes._registry import Recipe, bibtex, info, markdown, rows
 
 __all__ = [
     "Recipe",
     "bibtex",
+    "gates",
     "gradients",
     "info",
     "inputs",
