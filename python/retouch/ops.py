@@ -359,7 +359,7 @@ def adamw_(
     index: Tensor | None,
     name: str,
     *,
-    step: int,
+    step: int | Tensor,
     lr: float,
     beta1: float,
     beta2: float,
@@ -370,10 +370,36 @@ def adamw_(
     """One AdamW step of the compact `value`; `target.flatten()[index]` receives it, rounded once.
 
     The arithmetic is that of `torch.optim.AdamW` (single tensor), in its order.
+
+    Args:
+        value: float32 or float64, of any shape; stepped in place.
+        grad: Of its shape.
+        exp_avg: Of its shape and dtype; updated in place.
+        exp_avg_sq: Of its shape and dtype; updated in place.
+        target: The weight, or None.
+        index: Positions in `target`, one for each value.
+        name: Of the weight, for errors.
+        step: The number of this step (from 1) for all coordinates; or an int32 tensor of `value`'s
+            shape with the steps of each coordinate before this one. The latter is counted up in
+            place, and each coordinate has the bias correction of its own age. Where all ages are
+            equal the result is that of one number, bit for bit.
+        lr: Learning rate.
+        beta1: Decay of the mean of gradients.
+        beta2: Decay of the mean of squares.
+        eps: Added to the denominator.
+        weight_decay: Decoupled.
+        maximize: Ascend instead.
     """
+    if isinstance(step, Tensor) and (step.dtype != torch.int32 or step.shape != value.shape):
+        raise errors.LayoutError(
+            f"the clock of {name} is {step.dtype} of shape {tuple(step.shape)}; wanted int32 of "
+            f"shape {tuple(value.shape)}, the steps of each coordinate"
+        )
     tensors = [value, grad, exp_avg, exp_avg_sq]
     wide = all(t.dtype == torch.float32 for t in tensors)
-    if wide and _native(*tensors, *([] if target is None else [target])):
+    clock = step if isinstance(step, Tensor) else None
+    counted = clock is None or (clock.device.type == "cpu" and clock.is_contiguous())
+    if wide and counted and _native(*tensors, *([] if target is None else [target])):
         _core.adamw_(
             value.detach(), grad.detach(), exp_avg, exp_avg_sq,
             None if target is None else target.detach(),
@@ -381,19 +407,41 @@ def adamw_(
             step=step, lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay,
             maximize=maximize,
         )  # fmt: skip
-        for written in (value, exp_avg, exp_avg_sq, target):
+        for written in (value, exp_avg, exp_avg_sq, clock, target):
             if written is not None:
                 _written(written)
         return
     with torch.no_grad():
+        root, minus_step = _corrections(step, name, value.dtype, lr, beta1, beta2)
         x, g = value.detach(), (-grad if maximize else grad).to(value.dtype)
         x.mul_(1 - lr * weight_decay)
         exp_avg.lerp_(g, 1 - beta1)
         exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        denominator = (exp_avg_sq.sqrt() / math.sqrt(1 - beta2**step)).add_(eps)
-        x.addcdiv_(exp_avg, denominator, value=-(lr / (1 - beta1**step)))
+        denominator = (exp_avg_sq.sqrt() / root).add_(eps)
+        if isinstance(minus_step, Tensor):
+            x.add_((minus_step * exp_avg).div_(denominator))
+        else:
+            x.addcdiv_(exp_avg, denominator, value=minus_step)
         if target is not None and index is not None:
             scatter_(target, index, x, name)
+
+
+def _corrections(
+    step: int | Tensor, name: str, dtype: torch.dtype, lr: float, beta1: float, beta2: float
+) -> tuple[float, float] | tuple[Tensor, Tensor]:
+    """What AdamW divides √v by and multiplies m / √v by; counts clocks of coordinates up."""
+    if isinstance(step, Tensor):
+        if step.numel() and (int(step.min()) < 0 or int(step.max()) == torch.iinfo(step.dtype).max):
+            raise errors.HyperparameterError(
+                f"the clock of {name} must be from 0 to 2147483646 for each coordinate"
+            )
+        ages, which = step.add_(1).unique(return_inverse=True)
+        pairs = [_corrections(age, name, dtype, lr, beta1, beta2) for age in ages.tolist()]
+        if len(pairs) != 1:
+            table = torch.tensor(pairs, dtype=torch.float64).reshape(-1, 2).to(step.device, dtype)
+            return table[which, 0], table[which, 1]
+        return pairs[0]
+    return math.sqrt(1 - beta2**step), -(lr / (1 - beta1**step))
 
 
 def sgd_(

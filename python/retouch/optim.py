@@ -74,6 +74,11 @@ class _Fused(Optimizer):
 class AdamW(_Fused):
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101) in one Rust pass over the selected.
 
+    `state[p]["step"]` is the count of steps as torch keeps it, a float32 scalar; or an int32 tensor
+    of `p`'s shape, a clock for each coordinate, for those that joined at different times. One that
+    starts late with empty moments then takes steps of its own age; under the shared clock its first
+    steps would be up to 6.6 times as long. `load_state_dict` leaves either kind as it is.
+
     Args:
         params: As in `torch.optim.AdamW`; float32 (or float64) tensors. Pass the class to
             `retouch.wrap` to train 16-bit weights through float32 values.
@@ -113,12 +118,12 @@ class AdamW(_Fused):
             state["step"] = torch.tensor(0.0, dtype=torch.float32)
             state["exp_avg"] = torch.zeros_like(param, memory_format=torch.contiguous_format)
             state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.contiguous_format)
-        state["step"] += 1
+        clock = _tick(state, name, param)
         beta1, beta2 = group["betas"]
         ops.adamw_(
             param, grad, state["exp_avg"], state["exp_avg_sq"],
             slot.param if slot else None, slot.selection.index if slot else None, name,
-            step=int(state["step"]), lr=float(group["lr"]), beta1=float(beta1), beta2=float(beta2),
+            step=clock, lr=float(group["lr"]), beta1=float(beta1), beta2=float(beta2),
             eps=group["eps"], weight_decay=group["weight_decay"], maximize=group["maximize"],
         )  # fmt: skip
 
@@ -178,6 +183,21 @@ class SGD(_Fused):
             dampening=group["dampening"], weight_decay=group["weight_decay"],
             nesterov=group["nesterov"], maximize=group["maximize"],
         )  # fmt: skip
+
+
+def _tick(state: dict[str, Any], name: str, param: Tensor) -> int | Tensor:
+    """The number of this step, or the steps of each coordinate before it, which `ops` counts up."""
+    clock = state["step"]
+    if isinstance(clock, Tensor) and clock.dtype == torch.int32:
+        if clock.shape != param.shape:
+            raise LayoutError(
+                f"the clock of {name} has shape {tuple(clock.shape)}, its value "
+                f"{tuple(param.shape)}"
+            )
+        state["step"] = clock = clock.to(param.device)
+        return clock
+    state["step"] += 1
+    return int(state["step"])
 
 
 def _at_least_zero(**options: float | Tensor) -> None:

@@ -8,7 +8,9 @@
 //! in the order and with the roundings of `torch.optim.AdamW` (single tensor) on a processor with
 //! fused multiply-add. Only the square root may differ: it is correctly rounded here, torch's vector
 //! library errs by up to one unit in the last place.
-use super::chunk::{Divide, check_len, each};
+//!
+//! `t` is either one number or one for each coordinate, which then has the bias correction of its own age.
+use super::chunk::{CHUNK, Divide, check_len, each};
 use super::gather::{GRAIN, Target};
 use super::wide::{Isa, Loop, wide};
 use crate::error::{Error, Result};
@@ -31,6 +33,15 @@ pub struct AdamW {
     pub maximize: bool,
 }
 
+/// How many steps the coordinates have taken.
+#[derive(Debug)]
+pub enum Clock<'a> {
+    /// This step is the t-th of all of them (from 1).
+    Shared(u64),
+    /// Steps of each before this one; it is counted here.
+    Each(&'a mut [i32]),
+}
+
 /// What one step multiplies by: computed in f64 and rounded once, as torch does with Python floats.
 #[derive(Clone, Copy)]
 struct Factors {
@@ -38,31 +49,39 @@ struct Factors {
     lerp: f32,
     beta2: f32,
     one_minus_beta2: f32,
-    root_bias2: f32,
     eps: f32,
-    minus_step: f32,
     sign: f32,
 }
 
-impl Factors {
-    fn new(cfg: &AdamW, t: u64) -> Self {
-        let t = t as f64;
+/// What depends on the age of a coordinate.
+#[derive(Clone, Copy, Default)]
+struct Bias {
+    root_bias2: f32,
+    minus_step: f32,
+}
+
+impl Bias {
+    fn new(cfg: &AdamW, t: f64) -> Self {
         let (bias1, bias2) = (1.0 - cfg.beta1.powf(t), 1.0 - cfg.beta2.powf(t));
+        Bias { root_bias2: bias2.sqrt() as f32, minus_step: -(cfg.lr / bias1) as f32 }
+    }
+}
+
+impl Factors {
+    fn new(cfg: &AdamW) -> Self {
         Factors {
             decay: (1.0 - cfg.lr * cfg.weight_decay) as f32,
             lerp: (1.0 - cfg.beta1) as f32,
             beta2: cfg.beta2 as f32,
             one_minus_beta2: (1.0 - cfg.beta2) as f32,
-            root_bias2: bias2.sqrt() as f32,
             eps: cfg.eps as f32,
-            minus_step: -(cfg.lr / bias1) as f32,
             sign: if cfg.maximize { -1.0 } else { 1.0 },
         }
     }
 
     /// One coordinate: the new value, m and v.
     #[inline(always)]
-    fn update(&self, x: f32, g: f32, m: f32, v: f32) -> (f32, f32, f32) {
+    fn update(&self, bias: Bias, x: f32, g: f32, m: f32, v: f32) -> (f32, f32, f32) {
         let g = g * self.sign;
         let toward = g - m;
         // torch's lerp starts from the nearer end.
@@ -72,18 +91,72 @@ impl Factors {
             (self.lerp - 1.0).mul_add(toward, g)
         };
         let v = (self.one_minus_beta2 * g).mul_add(g, v * self.beta2);
-        let denominator = v.sqrt() / self.root_bias2 + self.eps;
-        (x * self.decay + self.minus_step * m / denominator, m, v)
+        let denominator = v.sqrt() / bias.root_bias2 + self.eps;
+        (x * self.decay + bias.minus_step * m / denominator, m, v)
     }
 }
 
-/// One step, the `t`-th (from 1) of these values. `value` holds the f32 master values; `target` is the
-/// weight and the positions in it that receive them, rounded once.
+/// The bias corrections of one step.
+enum Biases {
+    /// All coordinates have one age.
+    One(Bias),
+    /// By age, counted from `first`; only ages that occur are filled in.
+    Table { first: i32, table: Vec<Bias> },
+    /// Ages lie further apart than a table should be long: each is worked out where it is met.
+    Direct(AdamW),
+}
+
+impl Biases {
+    /// Of ages that have not been counted up yet.
+    fn of(cfg: &AdamW, ages: &[i32]) -> Result<Self> {
+        let (mut first, mut last) = (i32::MAX, 0);
+        for age in ages {
+            (first, last) = (first.min(*age), last.max(*age));
+        }
+        if ages.is_empty() {
+            return Ok(Biases::One(Bias::default()));
+        }
+        if first < 0 || last == i32::MAX {
+            return Err(Error::Value {
+                name: "step".to_string(),
+                rule: "from 0 to 2147483646 for each coordinate".to_string(),
+                got: if first < 0 { first } else { last }.to_string(),
+            });
+        }
+        let bias = |age: i32| Bias::new(cfg, f64::from(age) + 1.0);
+        if first == last {
+            return Ok(Biases::One(bias(first)));
+        }
+        let span = (last - first) as usize + 1;
+        if span > ages.len().max(CHUNK) {
+            return Ok(Biases::Direct(*cfg));
+        }
+        let mut occurs = vec![false; span];
+        for age in ages {
+            occurs[(age - first) as usize] = true;
+        }
+        let table = (first..).zip(occurs).map(|(a, o)| if o { bias(a) } else { Bias::default() });
+        Ok(Biases::Table { first: first + 1, table: table.collect() })
+    }
+
+    /// Of a coordinate whose `age`-th step this is.
+    #[inline(always)]
+    fn at(&self, age: i32) -> Bias {
+        match self {
+            Biases::One(bias) => *bias,
+            Biases::Table { first, table } => table[(age - first) as usize],
+            Biases::Direct(cfg) => Bias::new(cfg, f64::from(age)),
+        }
+    }
+}
+
+/// One step of these values. `value` holds the f32 master values; `target` is the weight and the
+/// positions in it that receive them, rounded once.
 #[allow(clippy::too_many_arguments)]
 pub fn step<T: Element, P: Position>(
     threads: usize,
     cfg: &AdamW,
-    t: u64,
+    clock: Clock<'_>,
     value: &mut [f32],
     grad: &[f32],
     m: &mut [f32],
@@ -94,13 +167,20 @@ pub fn step<T: Element, P: Position>(
     check_len("grad", grad.len(), n)?;
     check_len("exp_avg", m.len(), n)?;
     check_len("exp_avg_sq", v.len(), n)?;
-    if t == 0 {
-        return Err(Error::Value {
-            name: "step".to_string(),
-            rule: "at least 1".to_string(),
-            got: t.to_string(),
-        });
-    }
+    let (biases, ages) = match clock {
+        Clock::Shared(0) => {
+            return Err(Error::Value {
+                name: "step".to_string(),
+                rule: "at least 1".to_string(),
+                got: "0".to_string(),
+            });
+        }
+        Clock::Shared(t) => (Biases::One(Bias::new(cfg, t as f64)), None),
+        Clock::Each(ages) => {
+            check_len("step", ages.len(), n)?;
+            (Biases::of(cfg, ages)?, Some(ages))
+        }
+    };
     let target = match target {
         None => None,
         Some((name, dst, index)) => {
@@ -108,14 +188,16 @@ pub fn step<T: Element, P: Position>(
             Some(Target::new(threads, name, dst, index)?)
         }
     };
-    let f = Factors::new(cfg, t);
-    each(threads, GRAIN, State { value, grad, m, v, target }, |state| wide(Step { f, state }));
+    let (f, biases) = (Factors::new(cfg), &biases);
+    let state = State { value, grad, m, v, ages, target };
+    each(threads, GRAIN, state, |state| wide(Step { f, biases, state }));
     Ok(())
 }
 
 /// A piece of one step.
 struct Step<'a, T, P> {
     f: Factors,
+    biases: &'a Biases,
     state: State<'a, T, P>,
 }
 
@@ -123,9 +205,22 @@ impl<T: Element, P: Position> Loop for Step<'_, T, P> {
     type Output = ();
     #[inline(always)]
     fn run(self, _: impl Isa) {
-        let (f, s) = (self.f, self.state);
-        for (((x, g), m), v) in s.value.iter_mut().zip(s.grad).zip(s.m).zip(s.v) {
-            (*x, *m, *v) = f.update(*x, *g, *m, *v);
+        let (f, mut s) = (self.f, self.state);
+        for age in s.ages.iter_mut().flat_map(|ages| ages.iter_mut()) {
+            *age += 1;
+        }
+        let rows = s.value.iter_mut().zip(s.grad).zip(s.m).zip(s.v);
+        match (self.biases, s.ages) {
+            (Biases::One(bias), _) => {
+                for (((x, g), m), v) in rows {
+                    (*x, *m, *v) = f.update(*bias, *x, *g, *m, *v);
+                }
+            }
+            (biases, ages) => {
+                for ((((x, g), m), v), age) in rows.zip(ages.into_iter().flatten()) {
+                    (*x, *m, *v) = f.update(biases.at(*age), *x, *g, *m, *v);
+                }
+            }
         }
         if let Some(mut target) = s.target {
             target.write(s.value, T::from_f32);
@@ -138,6 +233,7 @@ struct State<'a, T, P> {
     grad: &'a [f32],
     m: &'a mut [f32],
     v: &'a mut [f32],
+    ages: Option<&'a mut [i32]>,
     target: Option<Target<'a, T, P>>,
 }
 
@@ -150,10 +246,11 @@ impl<T: Element, P: Position> Divide for State<'_, T, P> {
         let (g, h) = self.grad.split_at(at);
         let (m, n) = self.m.split_at_mut(at);
         let (v, w) = self.v.split_at_mut(at);
+        let (a, b) = self.ages.map(|a| a.split_at_mut(at)).unzip();
         let (s, t) = self.target.map(|t| t.divide(at)).unzip();
         (
-            State { value: x, grad: g, m, v, target: s },
-            State { value: y, grad: h, m: n, v: w, target: t },
+            State { value: x, grad: g, m, v, ages: a, target: s },
+            State { value: y, grad: h, m: n, v: w, ages: b, target: t },
         )
     }
 }

@@ -2,7 +2,7 @@
 use super::threads;
 use crate::bridge::{Tensor, disjoint};
 use crate::error::{Error, Result};
-use crate::kernel::adamw::{self, AdamW};
+use crate::kernel::adamw::{self, AdamW, Clock};
 use crate::kernel::gather;
 use crate::kernel::reduce::{self, Map};
 use crate::kernel::sampled::{Product, selected_entries};
@@ -219,6 +219,13 @@ macro_rules! with_target {
     };
 }
 
+/// The number of this step, or an int32 tensor with the steps of each coordinate before it.
+#[derive(FromPyObject)]
+enum Steps {
+    Shared(u64),
+    Each(Tensor),
+}
+
 /// One AdamW step of the compact values; the new values are rounded once into `target[index]`.
 #[pyfunction]
 #[pyo3(signature = (value, grad, exp_avg, exp_avg_sq, target, index, name, *, step, lr, beta1, beta2, eps, weight_decay, maximize=false))]
@@ -232,7 +239,7 @@ fn adamw_(
     target: Option<Tensor>,
     index: Option<Tensor>,
     name: String,
-    step: u64,
+    mut step: Steps,
     lr: f64,
     beta1: f64,
     beta2: f64,
@@ -243,6 +250,9 @@ fn adamw_(
     let mut target = Target::new(target, index)?;
     let mut written = vec![("value", &value), ("exp_avg", &exp_avg), ("exp_avg_sq", &exp_avg_sq)];
     let mut read = vec![("grad", &grad)];
+    if let Steps::Each(ages) = &step {
+        written.push(("step", ages));
+    }
     if let Some(target) = &target {
         written.push((&name, &target.weight));
         read.push(("index", &target.index));
@@ -252,8 +262,12 @@ fn adamw_(
     let cfg = AdamW { lr, beta1, beta2, eps, weight_decay, maximize };
     let (value, grad) = (value.f32_mut("value")?, grad.f32("grad")?);
     let (m, v) = (exp_avg.f32_mut("exp_avg")?, exp_avg_sq.f32_mut("exp_avg_sq")?);
+    let clock = match &mut step {
+        Steps::Shared(t) => Clock::Shared(*t),
+        Steps::Each(ages) => Clock::Each(ages.i32_mut("step")?),
+    };
     with_target!(target, name.as_str(), t => {
-        py.allow_threads(|| adamw::step(threads, &cfg, step, value, grad, m, v, t))
+        py.allow_threads(|| adamw::step(threads, &cfg, clock, value, grad, m, v, t))
     })?;
     Ok(())
 }

@@ -1,7 +1,7 @@
 use half::bf16;
 use proptest::prelude::*;
 use retouch::Error;
-use retouch::kernel::adamw::{self, AdamW};
+use retouch::kernel::adamw::{self, AdamW, Clock};
 use retouch::kernel::sgd::{self, Sgd};
 
 const ADAMW: AdamW =
@@ -35,14 +35,15 @@ fn adamw_golden() {
     ];
     for (t, (g, want)) in (1..).zip(steps) {
         let target = Some(("w", &mut weight[..], &[0i32, 3, 5][..]));
-        adamw::step(1, &ADAMW, t, &mut x, &g, &mut m, &mut v, target).unwrap();
+        adamw::step(1, &ADAMW, Clock::Shared(t), &mut x, &g, &mut m, &mut v, target).unwrap();
         close(&x, &want, 5e-7);
         assert_eq!(weight, [x[0], 7.0, 7.0, x[1], 7.0, x[2]]);
     }
     // Ascending is descending along the negated gradient.
     let (mut y, mut m, mut v) = ([1.0f32, -2.0, 0.5], [0.0; 3], [0.0; 3]);
     let up = AdamW { maximize: true, ..ADAMW };
-    adamw::step(1, &up, 1, &mut y, &[-0.3, 4.0, 0.0], &mut m, &mut v, NOWHERE).unwrap();
+    adamw::step(1, &up, Clock::Shared(1), &mut y, &[-0.3, 4.0, 0.0], &mut m, &mut v, NOWHERE)
+        .unwrap();
     close(&y, &steps[0].1, 5e-7);
 }
 
@@ -72,7 +73,7 @@ proptest! {
         // Lengths around the widths of vectors: no element may see another path.
         let n = 37;
         let (mut xs, mut ms, mut vs) = (vec![x; n], vec![m; n], vec![v; n]);
-        adamw::step(1, &c, t, &mut xs, &vec![g; n], &mut ms, &mut vs, NOWHERE).unwrap();
+        adamw::step(1, &c, Clock::Shared(t), &mut xs, &vec![g; n], &mut ms, &mut vs, NOWHERE).unwrap();
         for (got, want) in [(&xs, want[0]), (&ms, want[1]), (&vs, want[2])] {
             prop_assert!(got.iter().all(|y| y.to_bits() == got[0].to_bits()));
             let scale = f64::from(x.abs().max(m.abs()).max(g.abs())).max(want.abs());
@@ -126,9 +127,11 @@ fn threads_change_nothing_and_frozen_weights_keep_their_bits() {
     let run = |threads| {
         let (mut x, g, index, mut w) = many(100_003);
         let (mut m, mut v, mut b) = (vec![0.0; x.len()], vec![0.0; x.len()], vec![0.0; x.len()]);
+        let mut ages: Vec<i32> = (0..x.len() as i32).map(|i| i % 7 * 100).collect();
         for t in 1..=3 {
             let to = Some(("w", &mut w[..], &index[..]));
-            adamw::step(threads, &ADAMW, t, &mut x, &g, &mut m, &mut v, to).unwrap();
+            let clock = if t == 2 { Clock::Each(&mut ages) } else { Clock::Shared(t) };
+            adamw::step(threads, &ADAMW, clock, &mut x, &g, &mut m, &mut v, to).unwrap();
             let to = Some(("w", &mut w[..], &index[..]));
             sgd::step(threads, &SGD, t == 1, &mut x, &g, Some(&mut b), to).unwrap();
         }
@@ -138,6 +141,7 @@ fn threads_change_nothing_and_frozen_weights_keep_their_bits() {
             assert_eq!(w[*p as usize], bf16::from_f32(*x));
         }
         assert!(w.iter().zip(&selected).all(|(w, s)| *s || w.to_f32() == 0.5));
+        assert!((0..).zip(&ages).all(|(i, age)| *age == i % 7 * 100 + 1));
         [bits(&x), bits(&m), bits(&v), bits(&b)]
     };
     let one = run(1);
@@ -148,16 +152,28 @@ fn threads_change_nothing_and_frozen_weights_keep_their_bits() {
 fn bad_arguments_are_refused_before_anything_is_written() {
     let mut x = [1.0f32, 2.0];
     let (mut m, mut v) = ([0.0f32; 2], [0.0f32; 2]);
-    let e = adamw::step(1, &ADAMW, 0, &mut x, &[1.0; 2], &mut m, &mut v, NOWHERE);
+    let e = adamw::step(1, &ADAMW, Clock::Shared(0), &mut x, &[1.0; 2], &mut m, &mut v, NOWHERE);
     assert!(matches!(e, Err(Error::Value { .. })));
-    let e = adamw::step(1, &ADAMW, 1, &mut x, &[1.0; 3], &mut m, &mut v, NOWHERE);
+    let early = Clock::Each(&mut [0]);
+    let e = adamw::step(1, &ADAMW, early, &mut x, &[1.0; 2], &mut m, &mut v, NOWHERE);
+    assert!(matches!(e, Err(Error::Length { got: 1, want: 2, .. })));
+    let mut ages = [3, i32::MAX];
+    let late = Clock::Each(&mut ages);
+    let e = adamw::step(1, &ADAMW, late, &mut x, &[1.0; 2], &mut m, &mut v, NOWHERE);
+    assert!(matches!(e, Err(Error::Value { .. })));
+    assert_eq!(ages, [3, i32::MAX]);
+    let e = adamw::step(1, &ADAMW, Clock::Shared(1), &mut x, &[1.0; 3], &mut m, &mut v, NOWHERE);
     assert!(matches!(e, Err(Error::Length { got: 3, want: 2, .. })));
-    let e = adamw::step(1, &ADAMW, 1, &mut x, &[1.0; 2], &mut m[..1], &mut v, NOWHERE);
+    let e =
+        adamw::step(1, &ADAMW, Clock::Shared(1), &mut x, &[1.0; 2], &mut m[..1], &mut v, NOWHERE);
     assert!(matches!(e, Err(Error::Length { got: 1, want: 2, .. })));
     for index in [&[1i32, 0][..], &[0, 9], &[0], &[-1, 0]] {
         let mut w = [5.0f32; 4];
         let to = Some(("w", &mut w[..], index));
-        assert!(adamw::step(1, &ADAMW, 1, &mut x, &[1.0; 2], &mut m, &mut v, to).is_err());
+        assert!(
+            adamw::step(1, &ADAMW, Clock::Shared(1), &mut x, &[1.0; 2], &mut m, &mut v, to)
+                .is_err()
+        );
         let to = Some(("w", &mut w[..], index));
         assert!(sgd::step(1, &SGD, true, &mut x, &[1.0; 2], Some(&mut m), to).is_err());
         assert_eq!(w, [5.0; 4]);
