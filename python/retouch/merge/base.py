@@ -80,6 +80,8 @@ class Job:
         out_dtype: What `Method.merge` returns.
         state: What the passes over the whole model found (`Method.begin`); None for scope "tensor".
         local: What `Method.prepare` found in the whole tensor.
+        masks: In place of what the method would keep of each model by size or at random: one tensor per
+            model, nonzero where it stays. None leaves that to the method.
         start: Flat position of the first element in the whole tensor: not 0 only for a stretch.
         notes: What `note` was told; it goes into the report.
     """
@@ -95,6 +97,7 @@ class Job:
     out_dtype: torch.dtype = torch.float32
     state: Any = None
     local: Any = None
+    masks: list[Tensor] | None = None
     start: int = 0
     notes: dict[str, Any] = field(default_factory=dict)
 
@@ -112,7 +115,9 @@ class Job:
         row = first[0].numel()
         base = None if self.base is None else self.base[begin:end]
         tensors = [t[begin:end] for t in self.tensors]
-        return replace(self, base=base, tensors=tensors, start=self.start + begin * row)
+        masks = None if self.masks is None else [m[begin:end] for m in self.masks]
+        start = self.start + begin * row
+        return replace(self, base=base, tensors=tensors, masks=masks, start=start)
 
 
 class Method(ABC):

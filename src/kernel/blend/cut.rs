@@ -7,14 +7,15 @@ use crate::kernel::rank::{BINS, Bracket, Ranking, nth_best, walk};
 use crate::kernel::wide::{Isa, Loop, WORD, wide};
 use rayon::prelude::*;
 
-/// How many of a stream are inside of a cut.
+/// How many of the largest magnitudes of a stream a cut parts from the rest.
 #[derive(Debug, Clone, Copy)]
 pub struct Request {
     /// which stream
     pub stream: usize,
-    /// how many are inside
+    /// how many
     pub k: usize,
-    /// of equal magnitudes the last positions are inside, not the first
+    /// of equal magnitudes the last positions are among them, not the first: `last` is then the last equal
+    /// that is *not*, as [`Stream::high`](super::Stream::high) takes it
     pub from_end: bool,
 }
 
@@ -22,16 +23,13 @@ const RANKING: fn() -> Ranking<true> = || Ranking::new(true);
 /// Rank of zero: the lowest there is.
 const ZERO: u32 = 1 << 31;
 
-/// For each request the cut that has exactly `k` inside. With `from_end` it is the cut whose *outside*
-/// must be kept: everything above the bound and the last of its equals are outside of what it names.
-///
-/// A cut with `from_end` is returned with `last` = the last equal that is *not* among the k.
+/// For each request its cut, and how many exceed the bound.
 pub fn cuts(
     threads: usize,
     (name, names): (&str, &[&str]),
     streams: &Streams<'_>,
     requests: &[Request],
-) -> Result<Vec<Cut>> {
+) -> Result<Vec<(Cut, usize)>> {
     let len = streams.len()?;
     for r in requests {
         if r.k > len || r.stream >= streams.streams.len() {
@@ -64,7 +62,7 @@ const NEIGHBOURS: usize = 16;
 const DEVIATIONS: f64 = 8.0;
 
 impl Field<'_> {
-    fn find(&self, requests: &[Request]) -> Option<Vec<Cut>> {
+    fn find(&self, requests: &[Request]) -> Option<Vec<(Cut, usize)>> {
         let mut brackets: Vec<Bracket> = requests.par_iter().map(|r| self.bracket(r)).collect();
         let mut found = self.survey(requests, &brackets);
         if found.iter().flatten().any(|f| f.nan) {
@@ -161,9 +159,16 @@ impl Field<'_> {
         chunks.par_chunks(16).fold(|| vec![0; BINS], fill).reduce(|| vec![0; BINS], merge)
     }
 
-    fn cut(&self, request: &Request, bracket: Bracket, found: &[Vec<Found>], r: usize) -> Cut {
+    fn cut(
+        &self,
+        request: &Request,
+        bracket: Bracket,
+        found: &[Vec<Found>],
+        r: usize,
+    ) -> (Cut, usize) {
         if request.k == 0 {
-            return Cut { bound: f32::INFINITY, last: if request.from_end { i64::MAX } else { -1 } };
+            let last = if request.from_end { i64::MAX } else { -1 };
+            return (Cut { bound: f32::INFINITY, last }, 0);
         }
         let above: usize = found.iter().map(|f| f[r].above).sum();
         let bound = if bracket.is_one() {
@@ -180,25 +185,26 @@ impl Field<'_> {
             true => 0,
             false => f.ranks.iter().filter(|x| **x > bound).count(),
         };
-        let mut inside: usize =
-            request.k - above - found.iter().map(|f| more(&f[r])).sum::<usize>();
+        let above = above + found.iter().map(|f| more(&f[r])).sum::<usize>();
+        let mut inside = request.k - above;
         if request.from_end {
             // the first ones stay outside: their last position is what the cut names
             inside = found.iter().map(|f| equal(&f[r])).sum::<usize>() - inside;
         }
         let value = f32::from_bits(bound ^ ZERO);
         if inside == 0 {
-            return Cut { bound: value, last: -1 };
+            return (Cut { bound: value, last: -1 }, above);
         }
         for (i, f) in found.iter().enumerate() {
             let here = equal(&f[r]);
             if inside <= here {
                 let last = self.nth_equal(request.stream, i, value, inside);
-                return Cut { bound: value, last: (self.streams.start + last) as i64 };
+                let last = (self.streams.start + last) as i64;
+                return (Cut { bound: value, last }, above);
             }
             inside -= here;
         }
-        Cut { bound: value, last: i64::MAX }
+        (Cut { bound: value, last: i64::MAX }, above)
     }
 
     /// Position of the n-th element of a chunk whose magnitude is `value`.

@@ -12,7 +12,7 @@ mod sums;
 pub use combine::{Finish, Rule, Take, Vote};
 pub use cut::{Request, cuts};
 pub use rows::{Band, Ramp, band, ramp};
-pub use sums::{Sums, count_keys, gram, sums};
+pub use sums::{Sums, count_keys, gram, sums, value_of};
 
 use super::chunk::{CHUNK, install};
 use super::rng;
@@ -31,22 +31,32 @@ pub(super) const TILE: usize = 2048;
 pub struct Cut {
     /// a magnitude
     pub bound: f32,
-    /// position of the last one that equals it and is inside; -1 for none
+    /// position of the last one that equals it and belongs to it; -1 for none
     pub last: i64,
 }
 
 impl Cut {
-    /// Zeroes what is inside (or outside), for a tile that begins at position `at`.
+    /// Cuts a tile that begins at position `at` behind `last`.
     #[inline(always)]
-    fn zero(self, d: &mut [f32], at: usize, inside: bool) {
-        let reach = (self.last.saturating_add(1).max(0) as usize).saturating_sub(at).min(d.len());
-        let (early, late) = d.split_at_mut(reach);
-        for x in early {
-            *x = if (x.abs() >= self.bound) == inside { 0.0 } else { *x };
-        }
-        for x in late {
-            *x = if (x.abs() > self.bound) == inside { 0.0 } else { *x };
-        }
+    fn split<'a>(self, d: &'a mut [f32], at: usize) -> (&'a mut [f32], &'a mut [f32]) {
+        let end = self.last.saturating_add(1).max(0) as usize;
+        d.split_at_mut(end.saturating_sub(at).min(d.len()))
+    }
+
+    /// Keeps what exceeds the bound, and its equals up to `last`.
+    #[inline(always)]
+    fn keep_above(self, d: &mut [f32], at: usize) {
+        let (early, late) = self.split(d, at);
+        early.iter_mut().for_each(|x| *x = if x.abs() >= self.bound { *x } else { 0.0 });
+        late.iter_mut().for_each(|x| *x = if x.abs() > self.bound { *x } else { 0.0 });
+    }
+
+    /// Keeps what is below the bound, and its equals up to `last`.
+    #[inline(always)]
+    fn keep_below(self, d: &mut [f32], at: usize) {
+        let (early, late) = self.split(d, at);
+        early.iter_mut().for_each(|x| *x = if x.abs() <= self.bound { *x } else { 0.0 });
+        late.iter_mut().for_each(|x| *x = if x.abs() < self.bound { *x } else { 0.0 });
     }
 }
 
@@ -66,9 +76,9 @@ pub struct Chance {
 pub struct Stream<'a> {
     /// the tensor
     pub values: View<'a>,
-    /// keeps what is inside
+    /// keeps what is above
     pub low: Option<Cut>,
-    /// drops what is inside
+    /// keeps what is below
     pub high: Option<Cut>,
     /// keeps at random
     pub chance: Option<Chance>,
@@ -155,10 +165,10 @@ impl Streams<'_> {
         let stream = &self.streams[t];
         let place = self.start + at;
         if let Some(cut) = stream.low {
-            cut.zero(d, place, false);
+            cut.keep_above(d, place);
         }
         if let Some(cut) = stream.high {
-            cut.zero(d, place, true);
+            cut.keep_below(d, place);
         }
         if let Some(Chance { seed, stream, share }) = stream.chance {
             let random = &mut random[..d.len()];
