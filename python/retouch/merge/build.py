@@ -184,8 +184,8 @@ class _Matching:
             same = tensor.shape == first.shape and tensor.dtype == first.dtype
             if not same or ops.diff(first, tensor, name).numel():
                 raise FormatError(
-                    f"{name} is {first.dtype} and differs between {places[-1].source} and {place.source}: only "
-                    "floats are merged"
+                    f"{name} is {first.dtype} and differs between {places[-1].source} and "
+                    f"{place.source}: only floats are merged"
                 )
         self.notes.append(f"{name} is {ops.dtype_name(first.dtype)}: copied")
         return TensorPlan(name, None, (places[-1],))

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,7 @@ def run(
     tasks = [_check(plan, t, opened) for t in sorted(plan.tensors, key=lambda t: natural(t.name))]
     if not tasks:
         raise FormatError("the plan has no tensors")
-    for a, b in zip(tasks, tasks[1:], strict=False):
+    for a, b in pairwise(tasks):
         if a.plan.name == b.plan.name:
             raise FormatError(f"the plan makes {a.plan.name} twice")
     result = Result(Path(out), notes=plan.notes)

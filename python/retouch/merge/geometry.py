@@ -143,7 +143,7 @@ class NuSLERP(_Span):
 
 @register("multislerp")
 class MultiSLERP(_Span):
-    """Several models, or their differences to a base, by a tangent step at their mean direction (mergekit)."""
+    """Several models, or differences to a base, by a tangent step at their mean direction (mergekit)."""
 
     per_model = {"weight": Param(float, 1.0, help=WEIGHT.help)}
     shared = {

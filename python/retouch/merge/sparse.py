@@ -26,7 +26,7 @@ def chance(job: Job, t: int, share: float) -> tuple[int, str, float]:
 
 
 def elected(job: Job, streams: Streams, dtype: torch.dtype) -> Tensor:
-    """mergekit's consensus: weighted votes, + where they are even, by the weights that agree."""
+    """Mergekit's consensus: weighted votes, + where they are even, by the weights that agree."""
     take = "weighted_mean" if job.shared["normalize"] else "sum"
     return streams.blend(
         "elect", dtype, vote="weighted", zero=1.0, take=take, lam=job.shared["lambda"]
@@ -238,7 +238,7 @@ class _Della(Method):
         return out
 
     def prepare(self, job: Job) -> list[float]:
-        """mergekit's scale: the sum of magnitudes of the tensor is matched."""
+        """Mergekit's scale: the sum of magnitudes of the tensor is matched."""
         n = len(job.tensors)
         if job.dialect == "paper" or not job.shared["rescale"]:
             return [1.0] * n

@@ -73,7 +73,7 @@ class Streams:
         return [c[:2] for c in _core.cuts(self, [(t, k, False) for t, k in enumerate(counts)])]
 
     def bands(self, tops: list[int], keeps: list[int]) -> tuple[list[Cut], list[Cut]]:
-        """The cuts `low` and `high` that leave, of each tensor, the `keep` magnitudes below the `top` largest.
+        """The cuts `low` and `high` that leave of each tensor the `keep` magnitudes below the `top` largest.
 
         Of equal magnitudes the lowest positions stay.
         """

@@ -1,4 +1,4 @@
-"""Merges that compare models coordinate by coordinate: SCE, Consensus, EMR, Localize-and-Stitch, PCB, Arcee."""
+"""Merges that compare models coordinate by coordinate."""
 
 from typing import Any
 
@@ -140,7 +140,7 @@ class EMR(Method):
 
 @register("localize_stitch")
 class LocalizeStitch(Method):
-    """Localize-and-Stitch without data (arXiv 2408.13656): each model's largest differences, averaged where they meet.
+    """Localize-and-Stitch without data (arXiv 2408.13656): largest differences, averaged where they meet.
 
     Of each model the differences strictly larger than the k-th largest of the whole model, k =
     int(density n): k - 1 or fewer, as in the authors' code. Two passes before the merge.
