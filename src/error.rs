@@ -52,7 +52,9 @@ pub enum Error {
         position: usize,
     },
     /// A weight that is not a number.
-    #[error("{name} is NaN at flat position {position}, or a difference of infinities; merging needs numbers")]
+    #[error(
+        "{name} is NaN at flat position {position}, or a difference of infinities; merging needs numbers"
+    )]
     Number {
         /// name of the tensor, and of its model where it is known
         name: String,

@@ -60,8 +60,13 @@ impl Given {
     fn streams(&self) -> Result<Streams<'_>> {
         let n = self.tensors.len();
         let lengths = [
-            self.weights.len(), self.scales.len(), self.low.len(), self.high.len(),
-            self.chances.len(), self.factors.len(), self.models.len(),
+            self.weights.len(),
+            self.scales.len(),
+            self.low.len(),
+            self.high.len(),
+            self.chances.len(),
+            self.factors.len(),
+            self.models.len(),
         ];
         if let Some(&got) = lengths.iter().find(|l| **l != n) {
             let name = "what is given for each tensor".to_string();
@@ -318,7 +323,14 @@ impl Sink {
     }
 
     /// Writes bytes of a tensor, `offset` bytes after its first.
-    fn put(&self, py: Python<'_>, file: &str, name: &str, offset: usize, bytes: Tensor) -> PyResult<()> {
+    fn put(
+        &self,
+        py: Python<'_>,
+        file: &str,
+        name: &str,
+        offset: usize,
+        bytes: Tensor,
+    ) -> PyResult<()> {
         let bytes = bytes.bytes(name)?;
         Ok(py.allow_threads(|| match self.files().get_mut(file) {
             Some(writer) => writer.put(name, offset, bytes),

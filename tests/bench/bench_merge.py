@@ -2,8 +2,8 @@
 
     python tests/bench/bench_merge.py [--quick] [--methods ties,linear] [--mergekit]
 
-Checkpoints are made once in a folder (--folder, default: a temporary one). Each merge runs in a process of its
-own, warm page cache; wall time includes everything after `import torch`.
+Checkpoints are made once in a folder (--folder, default: a temporary one). Each merge runs in a process of
+its own, warm page cache; wall time includes everything after `import torch`.
 """
 
 import argparse
@@ -127,8 +127,8 @@ def mergekit(folder: Path, method: str, out: Path) -> None:
     path = out.with_suffix(".yml")
     path.write_text(json.dumps(recipe))
     command = [
-        sys.executable, "-m", "mergekit.scripts.run_yaml", str(path), str(out), "--no-copy-tokenizer", "--quiet",
-        "--random-seed", "0",
+        sys.executable, "-m", "mergekit.scripts.run_yaml", str(path), str(out), "--no-copy-tokenizer",
+        "--quiet", "--random-seed", "0",
     ]  # fmt: skip
     start = time.perf_counter()
     subprocess.run(command, check=True, capture_output=True)
@@ -176,8 +176,8 @@ def main() -> None:
         folder = args.folder or Path(temporary) / "models"
         if not (folder / "base").exists():
             make(folder, args.quick)
-        print(f"base and three models of {sum(torch.Size(s).numel() for s in shapes(args.quick).values()) / 1e6:.0f} M"
-              f" bf16 parameters; {machine()}\n")  # fmt: skip
+        total = sum(torch.Size(s).numel() for s in shapes(args.quick).values())
+        print(f"base and three models of {total / 1e6:.0f} M bf16 parameters; {machine()}\n")
         rows = []
         for method in args.methods.split(","):
             found = [

@@ -267,6 +267,7 @@ def test_sparse_deltas_are_merged_where_they_differ(checkpoints, tmp_path):
         run(build("task_arithmetic", deltas, base=checkpoints / "one" / "a"), tmp_path / "no")
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 def test_adapters_are_widened(checkpoints, tmp_path):
     peft = pytest.importorskip("peft")
     torch.manual_seed(1)

@@ -19,14 +19,17 @@ def _norms(gram: Tensor) -> Tensor:
     return gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
 
 
-def _arc(gram: Tensor, t: float, smallest: float, close: float) -> Tensor:
-    """Coefficients [..., 2] of two vectors for a place on the arc between them."""
+def _arc(gram: Tensor, t: float, smallest: float, flat: float) -> Tensor:
+    """Coefficients [..., 2] of two vectors for a place on the arc between them.
+
+    Norms up to `smallest` count as 1; where the squared sine is at most `flat` the line is taken.
+    """
     norms = _norms(gram)
     norms = torch.where(norms <= smallest, torch.ones_like(norms), norms)
     cos = (gram[..., 0, 1] / (norms[..., 0] * norms[..., 1])).clamp(-1, 1)
     angle = torch.acos(cos)
     sine = angle.sin()
-    straight = cos.abs() > close
+    straight = 1 - cos * cos <= flat
     safe = torch.where(straight, torch.ones_like(sine), sine)
     first = torch.where(straight, torch.full_like(sine, 1 - t), ((1 - t) * angle).sin() / safe)
     second = torch.where(straight, torch.full_like(sine, t), (t * angle).sin() / safe)
@@ -94,7 +97,7 @@ class SLERP(_Span):
 
     def coefficients(self, job: Job, gram: Tensor) -> Tensor:
         """See `_Span`."""
-        return _arc(gram, job.shared["t"], 1e-8, 0.9995)
+        return _arc(gram, job.shared["t"], 1e-8, 1 - 0.9995**2)
 
 
 @register("nuslerp")
@@ -120,8 +123,7 @@ class NuSLERP(_Span):
         first, second = job.values("weight")
         total = first + second
         t = 0.5 if abs(total) < 1e-6 else second / total
-        # colinear: the squared sine is at most 1e-16
-        return _arc(gram, t, 1e-7, (1 - 1e-16) ** 0.5)
+        return _arc(gram, t, 1e-7, 1e-16)
 
     def by_rows(self, job: Job) -> bool:
         """See `_Span`."""

@@ -53,9 +53,7 @@ class SCE(Method):
         tiny = total < 1e-6
         streams.weights = [1 / len(energy) if tiny else e / total for e in energy]
         job.note("weights", streams.weights)
-        return streams.blend(
-            "elect", job.out_dtype, vote="weighted", zero=1.0, take="weighted_mean"
-        )
+        return streams.blend("elect", job.out_dtype, vote="mass", zero=1.0, take="weighted_mean")
 
     def memory(self, numel: int, models: int, dialect: str) -> int:
         """See `Method`."""

@@ -130,7 +130,11 @@ impl Streams<'_> {
         for (i, stream) in self.streams.iter().enumerate() {
             super::chunk::check_len(&format!("tensor {i}"), length(stream.values), want)?;
             if let Some(factors) = stream.factors {
-                super::chunk::check_len(&format!("the factors of tensor {i}"), factors.len(), want)?;
+                super::chunk::check_len(
+                    &format!("the factors of tensor {i}"),
+                    factors.len(),
+                    want,
+                )?;
             }
         }
         if let Some(base) = self.base {

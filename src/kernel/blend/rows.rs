@@ -85,7 +85,8 @@ fn each_row(
 ) -> Result<()> {
     let len = streams.len()?;
     check_len("the factors", out.len(), len)?;
-    if streams.streams.is_empty() || row == 0 || !len.is_multiple_of(row) || row > u32::MAX as usize {
+    if streams.streams.is_empty() || row == 0 || !len.is_multiple_of(row) || row > u32::MAX as usize
+    {
         let (name, rule) = ("row".to_string(), format!("a divisor of {len}"));
         return Err(Error::Value { name, rule, got: row.to_string() });
     }
@@ -110,4 +111,3 @@ fn each_row(
     });
     if fine { Ok(()) } else { Err(streams.not_a_number(name, names, len)) }
 }
-

@@ -52,7 +52,11 @@ fn dot(a: &[f32], b: &[f32]) -> f64 {
 }
 
 /// Runs `f` on all chunks; the results in order.
-fn over<R: Send>(threads: usize, len: usize, f: impl Fn(usize, usize) -> R + Sync + Send) -> Vec<R> {
+fn over<R: Send>(
+    threads: usize,
+    len: usize,
+    f: impl Fn(usize, usize) -> R + Sync + Send,
+) -> Vec<R> {
     let one = |i: usize| f(i * CHUNK, CHUNK.min(len - i * CHUNK));
     if len <= CHUNK {
         return (0..len.div_ceil(CHUNK)).map(one).collect();
