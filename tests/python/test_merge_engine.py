@@ -166,7 +166,8 @@ def test_dtypes_and_extra_files(checkpoints, tmp_path):
     assert {t.dtype for t in load_file(tmp_path / "out/model.safetensors").values()} == {
         torch.float32
     }
-    run(plan, tmp_path / "out2")
+    run(plan, tmp_path / "out2", extra_files={"tokenizer.json": None})
+    assert not (tmp_path / "out2/tokenizer.json").exists()
     config = json.loads((tmp_path / "out2/config.json").read_text())
     assert config.get("dtype", "float32") == "float32"
     with pytest.raises(HyperparameterError, match="dtype must be one of"):

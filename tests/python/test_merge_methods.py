@@ -261,7 +261,7 @@ def test_localize_and_stitch_averages_given_masks_by_count():
 
 
 def test_geometry():
-    out = merged("slerp", base=None, t=0.25)
+    out = merged("slerp", [B], A, t=0.25)
     want = (1.472788, 0.964399, 0.894999, 1.724854, 0.897127, 1.216466)
     check(out, *want)
     w = each("weight", 0.75, 0.25)

@@ -1,5 +1,7 @@
 """Sums of models and of their differences to a base: no selection, one pass."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -77,7 +79,7 @@ class TaskArithmetic(Method):
     shared = {"normalize": normalize(False), "lambda": LAMBDA}
     pieces = True
     fixes_base = True
-    dialects = ("paper", "mergekit")
+    dialects: ClassVar[tuple[str, ...]] = ("paper", "mergekit")
 
     def merge(self, job: Job) -> Tensor:
         """See `Method`."""

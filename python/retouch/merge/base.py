@@ -51,10 +51,11 @@ class Param:
         """
         if self.kind is float and type(value) is int:
             value = float(value)
-        if type(value) is not self.kind or value != value:
+        if type(value) is not self.kind or value != value:  # NaN is no value
             raise HyperparameterError(f"{name} must be a {self.kind.__name__}, got {value!r}")
         low, high = self.low, self.high
-        if (low is not None and value < low) or (high is not None and value > high):
+        given: Any = value  # of a type that can be compared where there is a limit
+        if (low is not None and given < low) or (high is not None and given > high):
             rule = f"at least {low}" if high is None else f"from {low} to {high}"
             raise HyperparameterError(f"{name} must be {rule}, got {value!r}")
         if self.choices and value not in self.choices:

@@ -26,7 +26,7 @@ _NATIVE = (torch.float32, torch.float16, torch.bfloat16)
 _PIECE = 1 << 25  # elements of a stretch where no budget asks for less
 _INDEX = "model.safetensors.index.json"
 
-Extra = Mapping[str, str | bytes]
+Extra = Mapping[str, str | bytes | None]
 Progress = Callable[[int, int, str], None]
 
 
@@ -120,8 +120,9 @@ def run(
             the system takes them back when it needs memory.
         progress: Called with tensors done, tensors in all, and a name.
         readers: By source id, in place of what the plan's paths hold.
-        extra_files: Small files by name, written into the folder in place of side files of that name; or
-            a function that gets the result (all tensors written, not yet published) and returns them.
+        extra_files: Small files by name, written into the folder in place of side files of that name
+            (None: no such file); or a function that gets the result (all tensors written, not yet
+            published) and returns them.
 
     Returns:
         What was made and how.
@@ -462,17 +463,17 @@ class _Merger:
         if numel == 0 or any(p is None or p.base.dtype not in _NATIVE for p in parts):
             return None
         found = [p for p in parts if p is not None]
-        if sum(p.index.numel() for p in found) > numel // 4:
+        if sum(p.positions.numel() for p in found) > numel // 4:
             return None
         union = torch.empty(0, dtype=ops.index_dtype(numel))
         for p in found:
-            union = ops.union(union, p.index.to(union.dtype))
+            union = ops.union(union, p.positions.to(union.dtype))
         whole = self.read(base)
         there = ops.take(whole, union, base.tensor)
         tensors = []
         for p in found:
             values = there.clone()
-            values[torch.searchsorted(union, p.index.to(union.dtype))] = p.values
+            values[torch.searchsorted(union, p.positions.to(union.dtype))] = p.values
             tensors.append(values)
         names = [one.source for one in task.plan.inputs]
         job = Job(
@@ -518,6 +519,8 @@ def _files(
                 extra.setdefault("config.json", config)
             sink.copy_side_files(folder, sorted(extra))
     for name, content in extra.items():
+        if content is None:
+            continue
         sink.write(name, content.encode() if isinstance(content, str) else content)
 
 

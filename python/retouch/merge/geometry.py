@@ -4,6 +4,9 @@ Whatever these methods compute lies in the span of their inputs, so float64 dot 
 all that is needed to find the coefficients.
 """
 
+from dataclasses import replace
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -40,7 +43,7 @@ class _Span(Method):
     """A weighted sum whose coefficients follow from the dot products of the whole tensor."""
 
     pieces = True
-    dialects = ("mergekit",)
+    dialects: ClassVar[tuple[str, ...]] = ("mergekit",)
 
     def coefficients(self, job: Job, gram: Tensor) -> Tensor:
         """For dot products [..., models, models] the coefficients [..., models]; float64."""
@@ -86,14 +89,28 @@ class _Span(Method):
 
 @register("slerp")
 class SLERP(_Span):
-    """Spherical interpolation of two models (mergekit): the first at t = 0, the second at t = 1.
+    """Spherical interpolation (mergekit): the base at t = 0, the model at t = 1.
 
     The angle is that of the flattened tensors; above a cosine of .9995 the line is taken.
     """
 
-    shared = {"t": Param(float, help="where between the first (0) and the second model (1)")}
-    base = "none"
-    models = (2, 2)
+    shared = {"t": Param(float, help="where between the base (0) and the model (1)")}
+    models = (1, 1)
+
+    def prepare(self, job: Job) -> list[float] | None:
+        """See `_Span`."""
+        return super().prepare(self._pair(job))
+
+    def merge(self, job: Job) -> Tensor:
+        """See `Method`."""
+        return super().merge(self._pair(job))
+
+    def _pair(self, job: Job) -> Job:
+        """Both tensors as they are: nothing is subtracted."""
+        assert job.base is not None
+        return replace(
+            job, base=None, tensors=[job.base, *job.tensors], models=["the base", *job.models]
+        )
 
     def coefficients(self, job: Job, gram: Tensor) -> Tensor:
         """See `_Span`."""
@@ -177,7 +194,8 @@ class MultiSLERP(_Span):
         tangent = w - (w * along).sum() * mean
         size = (tangent @ units @ tangent).clamp_min(0).sqrt() + eps
         direction = mean * size.cos() + tangent * (size.sin() / size)
-        return direction * (w * norms).sum() * unit
+        merged: Tensor = direction * (w * norms).sum() * unit
+        return merged
 
 
 @register("karcher")
@@ -203,7 +221,8 @@ class Karcher(_Span):
         share = there / there.sum()
 
         def length(c: Tensor) -> Tensor:
-            return (c @ units @ c).clamp_min(0).sqrt()
+            size: Tensor = (c @ units @ c).clamp_min(0).sqrt()
+            return size
 
         mean = share.clone()
         if length(mean) < job.shared["tol"]:  # they cancel: start at the first
@@ -221,7 +240,8 @@ class Karcher(_Span):
                 break
             mean = mean * size.cos() + step * (size.sin() / size)
             mean = mean / length(mean)
-        return mean * unit * norms.mean()
+        merged: Tensor = mean * unit * norms.mean()
+        return merged
 
 
 @register("model_stock")

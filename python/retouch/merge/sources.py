@@ -39,7 +39,7 @@ class Sparse(NamedTuple):
     """A tensor as its base and what differs: ascending flat positions and the values there."""
 
     base: Tensor
-    index: Tensor
+    positions: Tensor
     values: Tensor
 
 
@@ -76,8 +76,8 @@ class Checkpoint:
         self._files: dict[str, Any] = {}
         for file in _files(path):
             try:
-                opened = safe_open(file, "pt")
-                names = list(opened.keys())
+                opened: Any = safe_open(file, "pt")
+                names: list[str] = list(opened.keys())
             except SafetensorError as e:
                 raise FormatError(f"{file}: damaged or truncated ({e})") from e
             for name in names:
