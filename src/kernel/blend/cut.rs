@@ -30,7 +30,7 @@ pub fn cuts(
     streams: &Streams<'_>,
     requests: &[Request],
 ) -> Result<Vec<(Cut, usize)>> {
-    let len = streams.len()?;
+    let len = streams.length()?;
     for r in requests {
         if r.k > len || r.stream >= streams.streams.len() {
             return Err(Error::Budget { k: r.k, eligible: len });

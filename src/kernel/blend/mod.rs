@@ -38,7 +38,7 @@ pub struct Cut {
 impl Cut {
     /// Cuts a tile that begins at position `at` behind `last`.
     #[inline(always)]
-    fn split<'a>(self, d: &'a mut [f32], at: usize) -> (&'a mut [f32], &'a mut [f32]) {
+    fn split(self, d: &mut [f32], at: usize) -> (&mut [f32], &mut [f32]) {
         let end = self.last.saturating_add(1).max(0) as usize;
         d.split_at_mut(end.saturating_sub(at).min(d.len()))
     }
@@ -124,7 +124,7 @@ fn load(view: View<'_>, at: usize, out: &mut [f32]) {
 
 impl Streams<'_> {
     /// Elements of each stream; refuses streams of different lengths.
-    pub fn len(&self) -> Result<usize> {
+    pub fn length(&self) -> Result<usize> {
         let Some(first) = self.streams.first() else { return Ok(0) };
         let want = length(first.values);
         for (i, stream) in self.streams.iter().enumerate() {
@@ -236,7 +236,7 @@ pub fn blend(
     finish: &Finish,
     out: ViewMut<'_>,
 ) -> Result<()> {
-    let len = streams.len()?;
+    let len = streams.length()?;
     rule.check(streams.streams.len(), finish)?;
     let fine = with_elements!(ViewMut, out, out => {
         super::chunk::check_len("the result", out.len(), len)?;
@@ -244,7 +244,7 @@ pub fn blend(
             wide(Blend { streams, rule, finish, first: i * CHUNK, out })
         };
         if len <= CHUNK {
-            out.chunks_mut(CHUNK).enumerate().map(one).all(|fine| fine)
+            out.chunks_mut(CHUNK).enumerate().all(one)
         } else {
             install(threads, || {
                 out.par_chunks_mut(CHUNK).enumerate().map(one).reduce(|| true, |a, b| a && b)

@@ -83,7 +83,7 @@ fn each_row(
     out: &mut [f32],
     f: impl Fn(usize, &mut [(u32, u32)], &mut [f32]) + Sync,
 ) -> Result<()> {
-    let len = streams.len()?;
+    let len = streams.length()?;
     check_len("the factors", out.len(), len)?;
     if streams.streams.is_empty() || row == 0 || !len.is_multiple_of(row) || row > u32::MAX as usize
     {

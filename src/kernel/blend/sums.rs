@@ -70,7 +70,7 @@ pub fn sums(
     (name, names): (&str, &[&str]),
     streams: &Streams<'_>,
 ) -> Result<Vec<Sums>> {
-    let len = streams.len()?;
+    let len = streams.length()?;
     let parts = over(threads, len, |first, len| wide(Add { streams, first, len }));
     let mut out = vec![Sums::default(); streams.streams.len()];
     for part in parts {
@@ -131,7 +131,7 @@ pub fn gram(
     (name, names): (&str, &[&str]),
     streams: &Streams<'_>,
 ) -> Result<Vec<f64>> {
-    let (len, t) = (streams.len()?, streams.streams.len());
+    let (len, t) = (streams.length()?, streams.streams.len());
     let parts = over(threads, len, |first, len| wide(Dots { streams, first, len }));
     let mut out = vec![0.0; t * t];
     for part in parts {
@@ -192,7 +192,7 @@ pub fn count_keys(
     signed: bool,
     bins: &mut [i64],
 ) -> Result<()> {
-    let len = streams.len()?;
+    let len = streams.length()?;
     crate::kernel::chunk::check_len("the bins", bins.len(), 1 << 16)?;
     if streams.streams.len() != 1 {
         let (name, rule) = ("tensors".to_string(), "one".to_string());
