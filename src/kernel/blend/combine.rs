@@ -1,5 +1,5 @@
 //! How the kept values of one position become one.
-use super::{Scratch, Streams};
+use super::{Scratch, Streams, only};
 use crate::error::{Error, Result};
 use crate::kernel::chunk::check_len;
 
@@ -156,7 +156,7 @@ impl Rule<'_> {
                     Take::Largest => {
                         for d in &*tiles {
                             for ((r, x), s) in result.iter_mut().zip(d).zip(&*a) {
-                                *r = if x * s > 0.0 { x.abs().max(*r) } else { *r };
+                                *r = only(x * s > 0.0, x.abs()).max(*r);
                             }
                         }
                         result.iter_mut().zip(&*a).for_each(|(r, s)| *r *= s);
@@ -170,8 +170,8 @@ impl Rule<'_> {
                             let all = result.iter_mut().zip(&mut *b).zip(d).zip(&*a);
                             for (((r, share), x), s) in all {
                                 let agrees = x * side * s > 0.0;
-                                *r = if agrees { x.mul_add(w, *r) } else { *r };
-                                *share += if agrees { part } else { 0.0 };
+                                *r = only(agrees, *x).mul_add(w, *r);
+                                *share += only(agrees, part);
                             }
                         }
                         if take != Take::Sum {
@@ -182,7 +182,7 @@ impl Rule<'_> {
                 }
                 if let Some(own) = finish.own {
                     for ((r, x), s) in result.iter_mut().zip(&tiles[own]).zip(&*a) {
-                        *r = if x * s > 0.0 { *r } else { 0.0 };
+                        *r = only(x * s > 0.0, *r);
                     }
                 }
             }
@@ -199,12 +199,12 @@ impl Rule<'_> {
                     }
                     for ((count, x), sum) in b.iter_mut().zip(d).zip(&*a) {
                         let stands = x.abs() > factors[t] * (sum - x).abs();
-                        *count += if stands { 1.0 } else { 0.0 };
+                        *count += only(stands, 1.0);
                     }
                 }
                 let least = if finish.own.is_some() { 1.0 } else { least as f32 };
                 for ((r, sum), count) in result.iter_mut().zip(&*a).zip(&*b) {
-                    *r = if *count >= least { *sum } else { 0.0 };
+                    *r = only(*count >= least, *sum);
                 }
             }
             _ => {

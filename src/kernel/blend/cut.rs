@@ -117,7 +117,8 @@ impl Field<'_> {
 
     /// For each chunk what it holds for each request.
     fn survey(&self, requests: &[Request], brackets: &[Bracket]) -> Vec<Vec<Found>> {
-        let room = (1 << 12).max(CHUNK / 16); // of each chunk: more means that the bracket is of no use
+        // of each chunk: more means that the bracket is of no use; few distinct magnitudes (bf16) fill it
+        let room = CHUNK / 4;
         let one = |i: usize| {
             let first = i * CHUNK;
             let len = CHUNK.min(self.len - first);

@@ -47,17 +47,24 @@ impl Cut {
     #[inline(always)]
     fn keep_above(self, d: &mut [f32], at: usize) {
         let (early, late) = self.split(d, at);
-        early.iter_mut().for_each(|x| *x = if x.abs() >= self.bound { *x } else { 0.0 });
-        late.iter_mut().for_each(|x| *x = if x.abs() > self.bound { *x } else { 0.0 });
+        early.iter_mut().for_each(|x| *x = only(x.abs() >= self.bound, *x));
+        late.iter_mut().for_each(|x| *x = only(x.abs() > self.bound, *x));
     }
 
     /// Keeps what is below the bound, and its equals up to `last`.
     #[inline(always)]
     fn keep_below(self, d: &mut [f32], at: usize) {
         let (early, late) = self.split(d, at);
-        early.iter_mut().for_each(|x| *x = if x.abs() <= self.bound { *x } else { 0.0 });
-        late.iter_mut().for_each(|x| *x = if x.abs() < self.bound { *x } else { 0.0 });
+        early.iter_mut().for_each(|x| *x = only(x.abs() <= self.bound, *x));
+        late.iter_mut().for_each(|x| *x = only(x.abs() < self.bound, *x));
     }
+}
+
+/// The value where a condition holds, else 0: bits are cleared and always stored, because conditional
+/// stores are slow on many processors.
+#[inline(always)]
+fn only(holds: bool, x: f32) -> f32 {
+    f32::from_bits(x.to_bits() & u32::from(holds).wrapping_neg())
 }
 
 /// A random choice: a position stays where its uniform number is below `share`.
@@ -177,7 +184,7 @@ impl Streams<'_> {
         if let Some(Chance { seed, stream, share }) = stream.chance {
             let random = &mut random[..d.len()];
             rng::fill(seed, stream, place, random);
-            d.iter_mut().zip(random).for_each(|(x, u)| *x = if *u < share { *x } else { 0.0 });
+            d.iter_mut().zip(random).for_each(|(x, u)| *x = only(*u < share, *x));
         }
         if let Some(factors) = stream.factors {
             d.iter_mut().zip(&factors[at..]).for_each(|(x, f)| *x *= f);
