@@ -51,6 +51,16 @@ pub enum Error {
         /// flat position of the first NaN
         position: usize,
     },
+    /// A weight that is not a number.
+    #[error(
+        "{name} is NaN at flat position {position}, or a difference of infinities; merging needs numbers"
+    )]
+    Number {
+        /// name of the tensor, and of its model where it is known
+        name: String,
+        /// flat position of the first NaN
+        position: usize,
+    },
     /// A budget that cannot be met.
     #[error("cannot select {k} of {eligible} eligible coordinates")]
     Budget {

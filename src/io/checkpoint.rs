@@ -157,12 +157,7 @@ impl Checkpoint {
     /// Files of the folder that are neither weights nor their index: config, tokenizer and such, as paths
     /// below the folder.
     pub fn side_files(&self) -> Result<Vec<PathBuf>> {
-        let mut out = Vec::new();
-        if self.folder {
-            side_files(&self.path, Path::new(""), &mut out)?;
-        }
-        out.sort();
-        Ok(out)
+        if self.folder { side_files(&self.path) } else { Ok(Vec::new()) }
     }
 }
 
@@ -170,7 +165,15 @@ impl Checkpoint {
 const STALE: &[&str] =
     &["safetensors", "bin", "pt", "pth", "ckpt", "h5", "msgpack", "onnx", "gguf", "ot"];
 
-fn side_files(root: &Path, below: &Path, out: &mut Vec<PathBuf>) -> Result<()> {
+/// Files of a folder that are neither weights nor their index, as sorted paths below it.
+pub fn side_files(folder: &Path) -> Result<Vec<PathBuf>> {
+    let mut out = Vec::new();
+    walk(folder, Path::new(""), &mut out)?;
+    out.sort();
+    Ok(out)
+}
+
+fn walk(root: &Path, below: &Path, out: &mut Vec<PathBuf>) -> Result<()> {
     let dir = root.join(below);
     for item in fs::read_dir(&dir).map_err(os(&dir))? {
         let item = item.map_err(os(&dir))?;
@@ -180,7 +183,7 @@ fn side_files(root: &Path, below: &Path, out: &mut Vec<PathBuf>) -> Result<()> {
         let kind = item.file_type().map_err(os(&dir))?;
         if kind.is_dir() {
             if !text.starts_with('.') && !text.starts_with("checkpoint-") {
-                side_files(root, &path, out)?;
+                walk(root, &path, out)?;
             }
         } else if root.join(&path).is_file() {
             let extension = path.extension().unwrap_or_default().to_string_lossy().to_lowercase();

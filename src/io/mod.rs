@@ -8,7 +8,7 @@ mod header;
 mod staged;
 mod writer;
 
-pub use checkpoint::{Checkpoint, Shard, Tensor, read_json};
+pub use checkpoint::{Checkpoint, Shard, Tensor, read_json, side_files};
 pub use header::{Entry, Header, bits, width};
 pub use staged::{Output, refuse_inputs};
 pub(crate) use writer::aligned;

@@ -4,6 +4,7 @@
 //! depends on its arguments alone, never on the number of threads or the processor.
 pub mod adamw;
 pub mod bits;
+pub mod blend;
 pub mod chunk;
 pub mod gather;
 mod marks;

@@ -120,7 +120,8 @@ pub(super) fn bracket<T: Element, const A: bool>(
     Bracket { floor, ceiling }
 }
 
-const BINS: usize = 1 << 16;
+/// Of a histogram of half a rank.
+pub(super) const BINS: usize = 1 << 16;
 
 /// The k-th best rank, 1 <= k <= number of scores, by a histogram of the upper and then of the lower
 /// halves: linear whatever the scores are.
@@ -186,7 +187,7 @@ fn histogram<T: Element>(
 }
 
 /// From the best bin down: the bin of the k-th element, and which one of that bin it is.
-fn walk(bins: &[u64], k: usize) -> (u32, usize) {
+pub(super) fn walk(bins: &[u64], k: usize) -> (u32, usize) {
     let mut k = k as u64;
     for (bin, count) in bins.iter().enumerate().rev() {
         if *count >= k {

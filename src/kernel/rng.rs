@@ -35,6 +35,45 @@ pub fn uniform(threads: usize, seed: u64, stream: u64, out: &mut [f32]) {
     each(threads, CHUNK, Range { first: 0, out }, |range| wide(Fill { seed, stream, range }));
 }
 
+/// The same for the positions from `first` on.
+#[inline(always)]
+pub(super) fn fill(seed: u64, stream: u64, first: usize, out: &mut [f32]) {
+    let skip = first % 4;
+    let (head, rest) = out.split_at_mut(((4 - skip) % 4).min(out.len()));
+    if !head.is_empty() {
+        let key = [seed as u32, (seed >> 32) as u32];
+        let block = (first / 4) as u64;
+        let counter = [block as u32, (block >> 32) as u32, stream as u32, (stream >> 32) as u32];
+        let words = philox(counter, key);
+        head.iter_mut().zip(&words[skip..]).for_each(|(out, word)| *out = unit(*word));
+    }
+    groups(seed, stream, first + head.len(), rest);
+}
+
+/// A word as a number in [0, 1).
+#[inline(always)]
+fn unit(word: u32) -> f32 {
+    (word >> 8) as f32 * (1.0 / 16_777_216.0)
+}
+
+/// Numbers from position `first` on, a multiple of four.
+#[inline(always)]
+fn groups(seed: u64, stream: u64, first: usize, out: &mut [f32]) {
+    let key = [seed as u32, (seed >> 32) as u32];
+    let [low, high] = [stream as u32, (stream >> 32) as u32];
+    // Many blocks side by side: each step of the rounds becomes a vector operation.
+    for (g, group) in out.chunks_mut(4 * LANES).enumerate() {
+        let first = (first / 4 + g * LANES) as u64;
+        let words: [[u32; 4]; LANES] = std::array::from_fn(|i| {
+            let block = first + i as u64;
+            philox([block as u32, (block >> 32) as u32, low, high], key)
+        });
+        for (out, word) in group.iter_mut().zip(words.as_flattened()) {
+            *out = unit(*word);
+        }
+    }
+}
+
 struct Fill<'a> {
     seed: u64,
     stream: u64,
@@ -45,19 +84,7 @@ impl Loop for Fill<'_> {
     type Output = ();
     #[inline(always)]
     fn run(self, _: impl Isa) {
-        let key = [self.seed as u32, (self.seed >> 32) as u32];
-        let [low, high] = [self.stream as u32, (self.stream >> 32) as u32];
-        // Many blocks side by side: each step of the rounds becomes a vector operation.
-        for (g, group) in self.range.out.chunks_mut(4 * LANES).enumerate() {
-            let first = (self.range.first / 4 + g * LANES) as u64;
-            let words: [[u32; 4]; LANES] = std::array::from_fn(|i| {
-                let block = first + i as u64;
-                philox([block as u32, (block >> 32) as u32, low, high], key)
-            });
-            for (out, word) in group.iter_mut().zip(words.as_flattened()) {
-                *out = (word >> 8) as f32 * (1.0 / 16_777_216.0);
-            }
-        }
+        groups(self.seed, self.stream, self.range.first, self.range.out);
     }
 }
 

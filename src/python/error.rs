@@ -18,7 +18,7 @@ impl From<Error> for PyErr {
             Error::Length { .. } => ShapeError::new_err(text),
             Error::Layout { .. } | Error::Overlap { .. } => LayoutError::new_err(text),
             Error::Value { .. } => HyperparameterError::new_err(text),
-            Error::NotANumber { .. } => ScoreError::new_err(text),
+            Error::NotANumber { .. } | Error::Number { .. } => ScoreError::new_err(text),
             Error::Budget { .. } => BudgetError::new_err(text),
             Error::Index { .. } => MaskError::new_err(text),
             Error::Base { .. } => BaseMismatchError::new_err(text),

@@ -2,6 +2,7 @@
 mod algebra;
 mod architecture;
 mod bits;
+mod blending;
 mod files;
 mod hostile;
 mod moving;

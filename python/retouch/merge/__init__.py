@@ -1,0 +1,32 @@
+"""Merging: several models of one shape become one.
+
+A `Plan` says which tensors of which sources become which output tensor by which method; `build` makes one
+for models whose tensors have the same names, `run` carries it out tensor by tensor. Methods are registered
+by name: `method_names`, `method_named`.
+"""
+
+from retouch.merge import averages, geometry, sparse, votes  # noqa: F401  they register
+from retouch.merge.base import Job, Method, Param, method_named, method_names, register
+from retouch.merge.build import build
+from retouch.merge.engine import Result, TensorResult, run
+from retouch.merge.plan import Input, Plan, Source, TensorPlan
+from retouch.merge.sources import Reader, open_sources
+
+__all__ = [
+    "Input",
+    "Job",
+    "Method",
+    "Param",
+    "Plan",
+    "Reader",
+    "Result",
+    "Source",
+    "TensorPlan",
+    "TensorResult",
+    "build",
+    "method_named",
+    "method_names",
+    "open_sources",
+    "register",
+    "run",
+]

@@ -1,0 +1,300 @@
+"""What a merge reads: checkpoints through a memory map, deltas and adapters over their base."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from retouch import deltafile, ops
+from retouch.deltaentry import Entry
+from retouch.deltasource import _files
+from retouch.errors import BaseMismatchError, FormatError, ShapeError
+from retouch.merge.plan import Plan, Source
+
+__all__ = ["Meta", "Reader", "open_sources"]
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
+}  # fmt: skip
+NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+"""How safetensors spells a dtype."""
+
+
+class Meta(NamedTuple):
+    """What is known of a tensor before it is read."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Sparse(NamedTuple):
+    """A tensor as its base and what differs: ascending flat positions and the values there."""
+
+    base: Tensor
+    positions: Tensor
+    values: Tensor
+
+
+class Reader(Protocol):
+    """Tensors by name.
+
+    Attributes:
+        folder: Where config and tokenizer are; None if there is no such place.
+        paths: What is read, so that it is not written over.
+    """
+
+    folder: Path | None
+    paths: list[Path]
+
+    def names(self) -> list[str]:
+        """All names, sorted."""
+        ...
+
+    def meta(self, name: str) -> Meta:
+        """Shape and dtype, without reading the tensor."""
+        ...
+
+    def read(self, name: str) -> Tensor:
+        """The tensor; not to be written, it may be a view of a mapped file."""
+        ...
+
+
+class Checkpoint:
+    """A file or folder of safetensors."""
+
+    def __init__(self, path: Path) -> None:
+        self.paths = [path]
+        self.folder = path if path.is_dir() else None
+        self._files: dict[str, Any] = {}
+        for file in _files(path):
+            try:
+                opened: Any = safe_open(file, "pt")
+                names: list[str] = list(opened.keys())
+            except SafetensorError as e:
+                raise FormatError(f"{file}: damaged or truncated ({e})") from e
+            for name in names:
+                if name in self._files:
+                    raise FormatError(f"{file}: {name} is in another file of this folder too")
+                self._files[name] = opened
+
+    def names(self) -> list[str]:
+        """See `Reader`."""
+        return sorted(self._files)
+
+    def meta(self, name: str) -> Meta:
+        """See `Reader`."""
+        part = self._file(name).get_slice(name)
+        dtype = _DTYPES.get(part.get_dtype())
+        if dtype is None:
+            raise FormatError(
+                f"{self.paths[0]}: {name} has the dtype {part.get_dtype()}, unknown here"
+            )
+        return Meta(tuple(part.get_shape()), dtype)
+
+    def read(self, name: str) -> Tensor:
+        """See `Reader`."""
+        tensor: Tensor = self._file(name).get_tensor(name)
+        # a file may hold a tensor at an odd address; kernels need whole elements
+        return tensor if tensor.data_ptr() % max(tensor.element_size(), 1) == 0 else tensor.clone()
+
+    def _file(self, name: str) -> Any:
+        if name not in self._files:
+            raise FormatError(f"{self.paths[0]}: it has no tensor {name}")
+        return self._files[name]
+
+
+class DeltaReader:
+    """A base with the changes of a retouch delta; its fingerprints of the base are checked."""
+
+    def __init__(self, path: Path, base: Reader) -> None:
+        self.paths = [path, *base.paths]
+        self.folder, self.base = base.folder, base
+        self._entries, config = deltafile.load(path)
+        # tied weights: whichever name the base has gets the change
+        for alias, name in (config.get("aliases") or {}).items():
+            if alias in base.names():
+                self._entries.setdefault(alias, self._entries[name])
+        self._path = path
+        known = set(base.names())
+        for name in list(self._entries):
+            if name not in known and self._entries[name].kind != "added":
+                others = [a for a, n in (config.get("aliases") or {}).items() if n == name]
+                if not any(o in known for o in others):
+                    raise BaseMismatchError(
+                        f"{path}: the base has no tensor {name}, which it changes"
+                    )
+                del self._entries[name]
+
+    def names(self) -> list[str]:
+        """See `Reader`."""
+        kinds = {n: e.kind for n, e in self._entries.items()}
+        added = {n for n, k in kinds.items() if k == "added"}
+        return sorted({n for n in self.base.names() if kinds.get(n) != "removed"} | added)
+
+    def meta(self, name: str) -> Meta:
+        """See `Reader`."""
+        entry = self._entries.get(name)
+        return self.base.meta(name) if entry is None else Meta(tuple(entry.shape), entry.dtype)
+
+    def sparse(self, name: str) -> Sparse | None:
+        """The tensor as what differs from its base, if the delta holds it so; checked."""
+        entry = self._entries.get(name)
+        if entry is None:
+            empty = torch.empty(0, dtype=torch.int32)
+            base = self.base.read(name)
+            return Sparse(base, empty, torch.empty(0, dtype=base.dtype))
+        if entry.index is None or entry.value is None:
+            return None
+        base = self.base.read(name)
+        self._check(name, entry, base)
+        return Sparse(base, entry.index, entry.value)
+
+    def read(self, name: str) -> Tensor:
+        """See `Reader`."""
+        entry = self._entries.get(name)
+        if entry is None:
+            return self.base.read(name)
+        if entry.value is None:
+            raise FormatError(f"{self._path}: it removes {name}")
+        if entry.index is None:
+            return entry.value.view(entry.shape)
+        base = self.base.read(name)
+        self._check(name, entry, base)
+        out = base.clone()
+        ops.put_(out, entry.index, entry.value, name)
+        return out
+
+    def _check(self, name: str, entry: Entry, base: Tensor) -> None:
+        if tuple(base.shape) != tuple(entry.shape) or base.dtype != entry.dtype:
+            raise BaseMismatchError(
+                f"{self._path}: {name} is {entry.dtype} {tuple(entry.shape)}, but in the base it is "
+                f"{base.dtype} {tuple(base.shape)}"
+            )
+        if entry.base_hash is not None and ops.fingerprint(base) != entry.base_hash:
+            raise BaseMismatchError(
+                f"{self._path}: {name} of the base is not the one that the delta was made from"
+            )
+
+
+class AdapterReader:
+    """A base with a PEFT LoRA adapter: each weight is widened, B A times the scale added in float32.
+
+    Args:
+        path: Folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        base: The model that it was trained on.
+
+    Raises:
+        FormatError: It is no plain LoRA (DoRA, biases, whole modules and such are refused by name), or a
+            module of it is not in the base.
+    """
+
+    def __init__(self, path: Path, base: Reader) -> None:
+        self.paths = [path, *base.paths]
+        self.folder, self._base, self._path = base.folder, base, path
+        try:
+            self._config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+        except ValueError as e:
+            raise FormatError(f"{path / 'adapter_config.json'}: not valid JSON ({e})") from e
+        config: Mapping[str, Any] = self._config
+        if config.get("peft_type") != "LORA":
+            raise FormatError(
+                f"{path}: peft_type is {config.get('peft_type')!r}; only LORA is merged"
+            )
+        for key in ("use_dora", "modules_to_save", "lora_bias", "alora_invocation_tokens"):
+            if config.get(key):
+                raise FormatError(f"{path}: {key} is set; only plain LoRA is merged")
+        if config.get("bias", "none") != "none":
+            raise FormatError(f"{path}: it trains biases; only plain LoRA is merged")
+        self._factors = Checkpoint(path / "adapter_model.safetensors")
+        self._modules: dict[str, tuple[str, str]] = {}
+        known = set(base.names())
+        used = set()
+        for key in self._factors.names():
+            match = re.fullmatch(r"(?:base_model\.model\.)?(.*)\.lora_A\.weight", key)
+            if match is None:
+                continue
+            module, other = match[1], key.replace(".lora_A.", ".lora_B.")
+            if (weight := f"{module}.weight") not in known:
+                raise FormatError(f"{path}: the base has no {weight}, which {key} changes")
+            self._modules[weight] = (key, other)
+            used |= {key, other}
+        if rest := set(self._factors.names()) - used:
+            raise FormatError(f"{path}: {min(rest)} is no factor of a plain LoRA on a linear layer")
+
+    def names(self) -> list[str]:
+        """See `Reader`."""
+        return self._base.names()
+
+    def meta(self, name: str) -> Meta:
+        """See `Reader`; an adapted weight comes as float32."""
+        meta = self._base.meta(name)
+        return Meta(meta.shape, torch.float32) if name in self._modules else meta
+
+    def scale(self, name: str) -> float:
+        """What B A is multiplied by for this weight."""
+        config, module = self._config, name.removesuffix(".weight")
+
+        def pattern(key: str, default: float) -> float:
+            for rule, value in (config.get(key) or {}).items():
+                if re.match(rf"(.*\.)?({rule})$", module):
+                    return float(value)
+            return default
+
+        rank = self._factors.meta(self._modules[name][0]).shape[0]
+        alpha = pattern("alpha_pattern", float(config.get("lora_alpha", rank)))
+        return float(alpha / rank**0.5 if config.get("use_rslora") else alpha / rank)
+
+    def read(self, name: str) -> Tensor:
+        """See `Reader`."""
+        weight = self._base.read(name)
+        if name not in self._modules:
+            return weight
+        a, b = (self._factors.read(key).float() for key in self._modules[name])
+        transposed = bool(self._config.get("fan_in_fan_out"))
+        want = weight.t().shape if transposed else weight.shape
+        if a.dim() != 2 or b.dim() != 2 or (b.shape[0], a.shape[1]) != tuple(want):
+            raise ShapeError(
+                f"{self._path}: B {tuple(b.shape)} times A {tuple(a.shape)} does not fit {name} "
+                f"{tuple(weight.shape)}"
+            )
+        change = (b @ a) * self.scale(name)
+        return weight.float() + (change.t() if transposed else change)
+
+
+def open_sources(plan: Plan) -> dict[str, Reader]:
+    """A reader for every source of a plan, by id.
+
+    Raises:
+        FormatError: A file is damaged, or a delta or adapter names no base.
+        FileNotFoundError: There is no such path.
+    """
+    out: dict[str, Reader] = {}
+
+    def opened(source: Source, above: tuple[str, ...] = ()) -> Reader:
+        if source.id in out:
+            return out[source.id]
+        if source.id in above:
+            raise FormatError(f"source {source.id!r} is its own base")
+        path = Path(source.path)
+        if not path.exists():
+            raise FileNotFoundError(2, "no such checkpoint, delta or adapter", str(path))
+        if source.kind == "checkpoint":
+            out[source.id] = Checkpoint(path)
+            return out[source.id]
+        if source.base is None:
+            raise FormatError(f"source {source.id!r} is a {source.kind}, but names no base")
+        base = opened(plan.source(source.base), (*above, source.id))
+        out[source.id] = (DeltaReader if source.kind == "delta" else AdapterReader)(path, base)
+        return out[source.id]
+
+    for source in plan.sources:
+        opened(source)
+    return out
