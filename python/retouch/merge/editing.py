@@ -82,5 +82,3 @@ def twin_residual(residual: Tensor, density: float, strategy: str, name: str = "
     out = torch.zeros_like(wide).reshape(-1)
     out[index] = wide.reshape(-1)[index]
     return out.reshape(wide.shape)
-
-

@@ -68,9 +68,7 @@ def finite(x: Tensor, name: str) -> Tensor:
     return wide
 
 
-def svd(
-    x: Tensor, name: str = "matrix", full: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
+def svd(x: Tensor, name: str = "matrix", full: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Singular value decomposition, in float64, with signs that do not depend on LAPACK.
 
     Of each left vector the entry of the largest magnitude (the first of equals) is positive. Vectors of

@@ -14,6 +14,8 @@ from retouch.merge.linalg import finite, polar, sequential, shrunk_towards, svd
 
 __all__ = [
     "aligned",
+    "at_threshold",
+    "elected_mean",
     "iso_c",
     "iso_cts",
     "knots",
@@ -125,6 +127,34 @@ def aligned(
     keep = s > cut
     u, right = u[:, keep], s[keep, None] * vh[keep]
     return u, list(right.split(deltas[0].shape[1], 1))
+
+
+def at_threshold(delta: Tensor, density: float) -> Tensor:
+    """Zero below the magnitude of rank ``int(n * density)`` (counted from 0): equals of it are kept.
+
+    The trimming of the released TIES and KnOTS: at least ``int(n * density) + 1`` entries are kept.
+    """
+    flat = delta.abs().reshape(-1)
+    rank = len(flat) - int(len(flat) * density)
+    if rank < 1:
+        return delta
+    return torch.where(delta.abs() >= flat.kthvalue(rank).values, delta, 0.0)
+
+
+def elected_mean(deltas: Sequence[Tensor]) -> Tensor:
+    """The mean of the entries that agree with the sign of the sum (the merge of TIES).
+
+    Where the sum is 0 the sign is that of the majority of signs in the whole tensor.
+    """
+    sign = torch.stack(list(deltas)).sum(0).sign()
+    sign = torch.where(sign == 0, sign.sum().sign(), sign)
+    total, count = torch.zeros_like(deltas[0]), torch.zeros_like(deltas[0])
+    for delta in deltas:
+        # the released code takes the side of the negatives where no sign won
+        agrees = torch.where(sign > 0, delta > 0, delta < 0)
+        total += torch.where(agrees, delta, 0.0)
+        count += agrees
+    return total / count.clamp(min=1)
 
 
 @sequential
@@ -241,4 +271,3 @@ def _sum(deltas: Sequence[Tensor], name: str) -> Tensor:
     for delta in deltas[1:]:
         total = total + finite(delta, name)
     return total
-
