@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retouch import errors
-from retouch.merge import adapters, editing, linalg, matrix, statistics, trajectory
+from retouch import errors, linalg
+from retouch.merge import adapters, editing, matrix, statistics, trajectory
 
 D = torch.float64
 DELTA_A = torch.tensor([0.5, -0.25, 0, 1, -0.125, 0.25])

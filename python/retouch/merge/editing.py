@@ -10,7 +10,7 @@ from torch import Tensor
 
 from retouch import ops
 from retouch.errors import HyperparameterError
-from retouch.merge.linalg import sequential, svd
+from retouch.linalg import sequential, svd
 
 __all__ = ["dare", "sign_magnitudes", "truncated", "twin_residual"]
 

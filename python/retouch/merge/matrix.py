@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from retouch.errors import HyperparameterError
-from retouch.merge.linalg import finite, polar, sequential, shrunk_towards, svd
+from retouch.linalg import finite, polar, sequential, shrunk_towards, svd
 
 __all__ = [
     "aligned",

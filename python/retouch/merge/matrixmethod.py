@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from retouch.deltasource import Source
+from retouch.linalg import one_thread
 from retouch.merge.base import Job, Method, Param
-from retouch.merge.linalg import one_thread
 
 __all__ = ["LAMBDA", "WEIGHT", "MatrixMethod", "mean", "statistic"]
 
@@ -46,14 +46,18 @@ class MatrixMethod(Method):
         pairs = zip(job.tensors, job.values("weight"), strict=True)
         deltas = [(tensor.double() - base) * weight for tensor, weight in pairs]
         with one_thread(), torch.no_grad():
-            return (self.matrix if base.ndim == 2 else self.other)(job, deltas)
+            merge = self.matrix if base.ndim == 2 else self.other
+            merged: Tensor = merge(job, deltas)
+        return merged
 
     def merge(self, job: Job) -> Tensor:
+        """The merged tensor."""
         assert job.base is not None
         change = self.difference(job) * job.shared["lambda"]
         return (job.base.double() + change).float().to(job.out_dtype)
 
     def memory(self, numel: int, models: int, dialect: str) -> int:
+        """Float64 copies of the tensors."""
         return 8 * numel * (models + self.matrices)
 
 

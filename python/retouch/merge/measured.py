@@ -41,15 +41,19 @@ class Fisher(Method):
     shared = {"floor": Param(float, 1e-6, 0, help="added to every Fisher value")}
 
     def global_scope(self, dialect: str) -> bool:
+        """Whether the norms of the whole model count."""
         return dialect == "normalized"
 
     def begin(self, job: Job) -> _Sizes:
+        """An empty state."""
         return _Sizes()
 
     def observe(self, job: Job) -> None:
+        """Adds the norms of this tensor."""
         job.state.squares[job.name] = [float(f.double().square().sum()) for f in self.files(job)]
 
     def settle(self, state: _Sizes) -> bool:
+        """The common factor; one pass is enough."""
         columns = zip(*state.squares.values(), strict=True)
         inverse = [1 / max(math.sqrt(math.fsum(column)), 1e-300) for column in columns]
         state.factors = [x / sum(inverse) for x in inverse]
@@ -66,6 +70,7 @@ class Fisher(Method):
         return out
 
     def merge(self, job: Job) -> Tensor:
+        """The merged tensor."""
         factors = [1.0] * len(job.tensors) if job.state is None else job.state.factors
         weights = [w * f for w, f in zip(job.values("weight"), factors, strict=True)]
         merged = statistics.fisher_mean(
@@ -74,6 +79,7 @@ class Fisher(Method):
         return merged.float().to(job.out_dtype)
 
     def memory(self, numel: int, models: int, dialect: str) -> int:
+        """Float64 copies of the tensors."""
         return 8 * numel * 6 + 4 * numel * models
 
 
@@ -95,6 +101,7 @@ class RegMean(Method):
     shared = {"shrink": Param(float, 0.9, 0, 1, help="factor of the off-diagonal entries")}
 
     def merge(self, job: Job) -> Tensor:
+        """The merged tensor."""
         grams = []
         for path, weight in zip(job.values("gram"), job.values("weight"), strict=True):
             found = statistic(path, job.name)
@@ -108,6 +115,7 @@ class RegMean(Method):
         return merged.float().to(job.out_dtype)
 
     def memory(self, numel: int, models: int, dialect: str) -> int:
+        """Float64 copies of the tensors."""
         # Gram matrices are in x in: taken as those of a matrix four times as wide as high
         return 8 * numel * 4 * (models + 6)
 
@@ -136,12 +144,14 @@ class RELEX(Method):
     }
 
     def merge(self, job: Job) -> Tensor:
+        """The merged tensor."""
         target, rank = job.shared["target"], job.shared["rank"]
         return _added(
             job, trajectory.relex(_deltas(job), job.values("step"), target, rank, job.name)
         )
 
     def memory(self, numel: int, models: int, dialect: str) -> int:
+        """Float64 copies of the tensors."""
         return 8 * numel * (2 * models + 3)
 
 
@@ -158,6 +168,7 @@ class AlphaRL(Method):
     shared = {"target": Param(float, REQUIRED, help="the accuracy to reach")}
 
     def merge(self, job: Job) -> Tensor:
+        """The merged tensor."""
         deltas = _deltas(job)
         if deltas[0].ndim != 2:
             return _added(job, deltas[-1])
@@ -165,6 +176,7 @@ class AlphaRL(Method):
         return _added(job, trajectory.alpharl(deltas, accuracies, target, job.name))
 
     def memory(self, numel: int, models: int, dialect: str) -> int:
+        """Float64 copies of the tensors."""
         return 8 * numel * (models + 5)
 
 
@@ -181,6 +193,7 @@ class RankK(MatrixMethod):
     }
 
     def matrix(self, job: Job, deltas: list[Tensor]) -> Tensor:
+        """The merged difference of a matrix."""
         return trajectory.rank_k(deltas[0], job.shared["rank"], job.shared["keep_norm"], job.name)
 
 
@@ -200,6 +213,7 @@ class DareShare(Method):
     }
 
     def merge(self, job: Job) -> Tensor:
+        """The merged tensor."""
         total: Tensor | None = None
         for delta, p, model in zip(_deltas(job), job.parameters, job.models, strict=True):
             draw = ops.uniform(delta.shape, job.seed, f"{model}\0{job.name}", "cpu")
@@ -209,6 +223,7 @@ class DareShare(Method):
         return _added(job, total)
 
     def memory(self, numel: int, models: int, dialect: str) -> int:
+        """Float64 copies of the tensors."""
         return 8 * numel * (models + 4)
 
 
@@ -224,10 +239,12 @@ class BitDelta(MatrixMethod):
     shared = {"lambda": LAMBDA, "levels": Param(int, 1, 1, help="magnitudes per tensor")}
 
     def matrix(self, job: Job, deltas: list[Tensor]) -> Tensor:
+        """The merged difference of a matrix."""
         out = torch.zeros_like(deltas[0])
         for delta in deltas:
             out += editing.sign_magnitudes(delta, job.shared["levels"])
         return out
 
     def other(self, job: Job, deltas: list[Tensor]) -> Tensor:
+        """The merged difference of another tensor."""
         return mean(deltas) * len(deltas)

@@ -11,7 +11,7 @@ from retouch.merge import editing, matrix
 from retouch.merge.base import REQUIRED, Job, Method, Param, register
 from retouch.merge.matrixmethod import LAMBDA, WEIGHT, MatrixMethod
 
-__all__ = ["KnOTS", "OPCM", "TSV", "WUDI", "IsoC", "IsoCTS", "TwinMerging"]
+__all__ = ["OPCM", "TSV", "WUDI", "IsoC", "IsoCTS", "KnOTS", "TwinMerging"]
 
 
 @register("tsv")
@@ -22,6 +22,7 @@ class TSV(MatrixMethod):
     matrices = 8
 
     def matrix(self, job: Job, deltas: list[Tensor]) -> Tensor:
+        """The merged difference of a matrix."""
         return matrix.tsv(deltas, job.name)
 
 
@@ -32,6 +33,7 @@ class IsoC(MatrixMethod):
     paper = "arXiv 2502.04959"
 
     def matrix(self, job: Job, deltas: list[Tensor]) -> Tensor:
+        """The merged difference of a matrix."""
         return matrix.iso_c(deltas, job.name)
 
 
@@ -47,6 +49,7 @@ class IsoCTS(MatrixMethod):
     matrices = 10
 
     def matrix(self, job: Job, deltas: list[Tensor]) -> Tensor:
+        """The merged difference of a matrix."""
         return matrix.iso_cts(deltas, job.shared["fraction"], job.name)
 
 
@@ -72,9 +75,11 @@ class KnOTS(MatrixMethod):
     matrices = 8
 
     def matrix(self, job: Job, deltas: list[Tensor]) -> Tensor:
+        """The merged difference of a matrix."""
         return matrix.knots(deltas, lambda p: self.other(job, p), job.shared["cut"], job.name)
 
     def other(self, job: Job, deltas: list[Tensor]) -> Tensor:
+        """The merged difference of another tensor."""
         densities = job.values("density")
         if job.shared["inner"] == "dare_ties":
             kept = []
@@ -108,6 +113,7 @@ class WUDI(MatrixMethod):
     defaults = {"released": {"squared": False, "steps": 300}}
 
     def matrix(self, job: Job, deltas: list[Tensor]) -> Tensor:
+        """The merged difference of a matrix."""
         squared, steps, lr = (job.shared[k] for k in ("squared", "steps", "lr"))
         if steps is None:
             job.note("loss_of_sum", matrix.wudi_loss(sum(deltas, 0 * deltas[0]), deltas, squared))
@@ -116,6 +122,7 @@ class WUDI(MatrixMethod):
         return merged
 
     def memory(self, numel: int, models: int, dialect: str) -> int:
+        """Float64 copies of the tensors."""
         # the Gram matrix is in x in: taken as that of a matrix four times as wide as high
         return 8 * numel * (models + 6) + 8 * 4 * numel * (models if dialect == "released" else 3)
 
@@ -146,9 +153,11 @@ class OPCM(MatrixMethod):
     matrices = 12
 
     def begin(self, job: Job) -> _Norms:
+        """An empty state."""
         return _Norms()
 
     def observe(self, job: Job) -> None:
+        """Adds the norms of this tensor."""
         assert job.base is not None
         base = job.base.double()
         pairs = zip(job.tensors, job.values("weight"), strict=True)
@@ -156,18 +165,22 @@ class OPCM(MatrixMethod):
         job.state.merged[job.name] = float(super().difference(job).square().sum())
 
     def settle(self, state: _Norms) -> bool:
+        """The common factor; one pass is enough."""
         columns = zip(*state.models.values(), strict=True)
         norms = [math.sqrt(math.fsum(column)) for column in columns]
         state.scale = matrix.opcm_scale(math.sqrt(math.fsum(state.merged.values())), norms)
         return False
 
     def matrix(self, job: Job, deltas: list[Tensor]) -> Tensor:
+        """The merged difference of a matrix."""
         return matrix.opcm(deltas, job.shared["alpha"], job.name)
 
     other = matrix  # which sums what is not a matrix
 
     def difference(self, job: Job) -> Tensor:
-        return super().difference(job) * job.state.scale
+        """The merged difference, not yet scaled by lambda."""
+        scale: float = job.state.scale
+        return super().difference(job) * scale
 
 
 @register("twin")
@@ -190,6 +203,7 @@ class TwinMerging(Method):
     }
 
     def merge(self, job: Job) -> Tensor:
+        """The merged tensor."""
         assert job.base is not None
         base = job.base.double()
         deltas = [t.double() - base for t in job.tensors]
@@ -206,4 +220,5 @@ class TwinMerging(Method):
         return (base + out).float().to(job.out_dtype)
 
     def memory(self, numel: int, models: int, dialect: str) -> int:
+        """Float64 copies of the tensors."""
         return 8 * numel * (models + 6)

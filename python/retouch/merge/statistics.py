@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from retouch.errors import ScoreError, ShapeError
-from retouch.merge.linalg import sequential, shrunk_towards
+from retouch.linalg import sequential, shrunk_towards
 
 __all__ = ["fisher_mean", "regmean"]
 

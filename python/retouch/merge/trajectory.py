@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from retouch.errors import HyperparameterError
-from retouch.merge.linalg import finite, sequential, svd
+from retouch.linalg import finite, sequential, svd
 
 __all__ = ["alpharl", "rank_k", "relex", "relex_weights"]
 

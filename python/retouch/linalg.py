@@ -130,4 +130,5 @@ def shrunk_towards(start: Tensor, gram: Tensor, moment: Tensor, name: str = "gra
     seen = values > cut
     inverse = torch.where(seen, 1 / values.where(seen, torch.ones_like(values)), 0.0)
     rest = (moment - start @ gram) @ vectors
-    return start + (rest * inverse) @ vectors.T
+    out: Tensor = start + (rest * inverse) @ vectors.T
+    return out
