@@ -252,10 +252,10 @@ class Delta(Mapping[str, Entry]):
 
         Returns:
             By name: `kind`, `changed`, `numel`, `fraction` and `bytes` (in the file); of compressed
-            tensors `error` (norm of what is missing, relative to that of the change). For floats whose old values are known
-            also `not_finite` (changes from or to NaN or infinity) and, of the others, `max_abs` and
-            `l2` of the change, and `max_ulp`, `median_ulp` and `one_ulp` (the fraction that moved to
-            the next float; a change from 0 to -0 counts as none).
+            tensors `error` (norm of what is missing, relative to that of the change). For floats whose
+            old values are known also `not_finite` (changes from or to NaN or infinity) and, of the
+            others, `max_abs` and `l2` of the change, and `max_ulp`, `median_ulp` and `one_ulp` (the
+            fraction that moved to the next float; a change from 0 to -0 counts as none).
         """
         return {name: deltaview.figures(entry) for name, entry in self.items()}
 

@@ -235,6 +235,8 @@ def _entry(name: str, row: Mapping[str, Any], file: Any, stored: set[str]) -> En
             raise ValueError(f"{name} is {kind} of {row['count']} values as {row['coding']!r}")
         if dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
             raise ValueError(f"{name}: nothing can be added to {dtype}")
+        if hashes[0] is None:
+            raise ValueError(f"{name} is added to the base, but has no fingerprint of it")
         parts = {part: file.get_tensor(f"{name}.{part}") for part in PARTS[row["coding"]]}
         change = Change(row["coding"], count, parts, row["block"])
         change.check(shape)

@@ -53,7 +53,8 @@ class MatrixMethod(Method):
     def merge(self, job: Job) -> Tensor:
         """The merged tensor."""
         assert job.base is not None
-        change = self.difference(job) * job.shared["lambda"]
+        scale: float = job.shared["lambda"]
+        change = self.difference(job) * scale
         return (job.base.double() + change).float().to(job.out_dtype)
 
     def memory(self, numel: int, models: int, dialect: str) -> int:
