@@ -60,9 +60,7 @@ fn matches(
         } else {
             wanted.iter().all(Option::is_some)
         };
-        if known
-            && !wanted.contains(&Some(hash(run, tensor)?.as_str()))
-        {
+        if known && !wanted.contains(&Some(hash(run, tensor)?.as_str())) {
             return Ok(false);
         }
     }

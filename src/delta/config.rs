@@ -278,14 +278,16 @@ impl Delta {
             let matrix = entry.kind != Kind::LowRank || full.len() == 2;
             let floats = ["F64", "F32", "F16", "BF16"].contains(&entry.dtype.as_str());
             // without a hash nobody could tell whether it was added already
-            let adds = !entry.kind.adds() || (floats && whole && matrix && entry.base_hash.is_some());
+            let adds =
+                !entry.kind.adds() || (floats && whole && matrix && entry.base_hash.is_some());
             let width = !entry.kind.has_index() || io::width(&entry.dtype).is_some();
             if numel.is_none() || !adds || !width {
                 return self.bad(format!("the description of tensor {name} is not valid"));
             }
             let rank = self.stored(name, ".A").and_then(|t| t.shape.first().copied()).unwrap_or(0);
             let parts = entry.parts(rank);
-            let mut adding: Vec<Want<'_>> = parts.iter().map(|(s, d, n)| (*s, *d, &n[..])).collect();
+            let mut adding: Vec<Want<'_>> =
+                parts.iter().map(|(s, d, n)| (*s, *d, &n[..])).collect();
             if entry.kind == Kind::SparseAdd {
                 adding.push((".idx", entry.encoding.dtype(), &some));
             }

@@ -94,4 +94,3 @@ pub fn add(name: &str, dtype: &str, base: &[u8], numbers: &[f32]) -> Result<Vec<
         }),
     }
 }
-

@@ -8,8 +8,9 @@ import torch
 from deltas import llama, same
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
-from retouch import Delta, compress, deltachange, errors
+from retouch import Delta, _core, compress, deltachange, errors
 from retouch.compress import BitDelta, Dare, LowRank, Magnitude, Quantise
 
 A = torch.tensor([[0.5, -0.25, 0, 1, -0.125, 0.25]])
@@ -321,3 +322,79 @@ def test_figures_and_mask():
     assert delta.mask().count == 3
     assert delta.updates(base).changed == 3
     assert "3 weights" in delta.card() and "w" in delta._repr_html_()
+
+
+# --- files ---------------------------------------------------------------------------------------------
+
+
+def checkpoint(state, path):
+    save_file({n: t.contiguous() for n, t in state.items()}, path)
+    return path
+
+
+@pytest.mark.parametrize("steps", ALL, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_verbs_of_files_do_the_same_to_the_bit(steps, dtype, tmp_path):
+    model, tuned = tuned_llama(dtype)
+    before = model.state_dict()
+    delta = Delta.between(model, tuned).compress(*steps)
+    want = applied(before, delta)
+    base = checkpoint(before, tmp_path / "base.safetensors")
+    delta.save_pretrained(tmp_path / "d")
+    delta.save_pretrained(tmp_path / "r", reversible=True)
+    out = tmp_path / "out.safetensors"
+    _core.apply_files(base, tmp_path / "d", out)
+    assert same(load_file(out), want)
+    assert json.loads(_core.verify_files(base, tmp_path / "d")) == []
+    assert json.loads(_core.verify_files(out, tmp_path / "d", result=True)) == []
+    again = tmp_path / "again.safetensors"
+    _core.apply_files(out, tmp_path / "d", again)
+    assert again.read_bytes() == out.read_bytes()  # not added twice
+    _core.revert_files(out, tmp_path / "r", tmp_path / "back.safetensors")
+    assert same(load_file(tmp_path / "back.safetensors"), before)
+    _core.revert_files(out, tmp_path / "d", tmp_path / "back2.safetensors", base=base)
+    assert same(load_file(tmp_path / "back2.safetensors"), before)
+    with pytest.raises(errors.RetouchError, match="--base BASE"):
+        _core.revert_files(out, tmp_path / "d", tmp_path / "back3.safetensors")
+    shown = json.loads(_core.show_files(tmp_path / "r"))
+    assert shown["bytes"]["old"] == sum(t.numel() * t.element_size() for t in map(
+        lambda e: e.old, delta.values()))  # fmt: skip
+
+
+def test_files_refuse_to_add_to_another_base(tmp_path):
+    base, _, delta = sparse()
+    short = delta.compress(Magnitude(2 / 16))
+    assert one(short).result_hash is None
+    short.save_pretrained(tmp_path / "d")
+    path = checkpoint(base, tmp_path / "base.safetensors")
+    out = tmp_path / "out.safetensors"
+    _core.apply_files(path, tmp_path / "d", out)
+    assert same(load_file(out), applied(base, short))
+    with pytest.raises(errors.BaseMismatchError, match="w"):
+        _core.apply_files(out, tmp_path / "d", tmp_path / "twice.safetensors")
+    _core.revert_files(out, tmp_path / "d", tmp_path / "back.safetensors", base=path)
+    assert same(load_file(tmp_path / "back.safetensors"), base)
+
+
+@pytest.mark.parametrize("key", ["coding", "block", "base_hash", "kind", "count", "dtype"])
+def test_files_find_damage(key, tmp_path):
+    base, delta = small(Quantise(4))
+    delta.save_pretrained(tmp_path / "d")
+    path = tmp_path / "d/delta_config.json"
+    config = json.loads(path.read_text())
+    bad = {
+        "coding": "x",
+        "block": 0,
+        "base_hash": None,
+        "kind": "low-rank",
+        "count": 5,
+        "dtype": "I64",
+    }
+    config["tensors"]["w"][key] = bad[key]
+    path.write_text(json.dumps(config))
+    with pytest.raises(errors.FormatError):
+        _core.apply_files(
+            checkpoint(base, tmp_path / "b.safetensors"), tmp_path / "d", tmp_path / "o.safetensors"
+        )
+    with pytest.raises(errors.FormatError):
+        Delta.load(tmp_path / "d")
