@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from deltas import llama
+from safetensors.torch import load_file, save_file
 
-from retouch import errors, merge
+from retouch import Delta, errors, merge
+from retouch.compress import Quantise
 from retouch.merge import matrix, trajectory
 from retouch.merge.base import Job, method_named
 
@@ -214,3 +216,60 @@ def test_all_are_registered():
         "tsv", "iso_c", "iso_cts", "knots", "wudi", "opcm", "twin", "fisher", "regmean", "relex",
         "alpharl", "rank", "dare_share", "bitdelta",
     }  # fmt: skip
+
+
+# --- through the engine ----------------------------------------------------------------------------------
+
+
+def llamas(folder, count=3):
+    """Checkpoints of a base and of models near it."""
+    out = []
+    for i in range(count + 1):
+        model = llama()
+        gen = torch.Generator().manual_seed(i)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.01 * i * torch.randn(p.shape, generator=gen))
+        model.save_pretrained(folder / f"m{i}")
+        out.append(str(folder / f"m{i}"))
+    return out
+
+
+GIVEN = {
+    "tsv": {}, "iso_c": {}, "iso_cts": {}, "knots": {}, "wudi": {}, "opcm": {},
+    "twin": {"parameters": [{"router": x} for x in (1.0, 0.0, 0.5)]},
+    "relex": {"parameters": [{"step": x} for x in (1.0, 2.0, 3.0)], "shared": {"target": 9.0}},
+    "alpharl": {
+        "parameters": [{"accuracy": x} for x in (0.1, 0.2, 0.25)], "shared": {"target": 0.5},
+    },
+    "dare_share": {"parameters": {"density": 0.5}},
+    "bitdelta": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_merged_checkpoints_are_models(name, tmp_path):
+    base, *models = llamas(tmp_path)
+    plan = merge.build(name, models, base=base, **GIVEN[name])
+    merge.run(plan, tmp_path / "out")
+    merged = type(llama()).from_pretrained(tmp_path / "out").state_dict()
+    start, one = (type(llama()).from_pretrained(p).state_dict() for p in (base, models[0]))
+    key = "model.layers.0.self_attn.q_proj.weight"
+    assert bool(merged[key].isfinite().all())
+    assert not torch.equal(merged[key], start[key]) and not torch.equal(merged[key], one[key])
+    merge.run(plan, tmp_path / "again")
+    a, b = (tmp_path / d / "model.safetensors" for d in ("out", "again"))
+    assert a.read_bytes() == b.read_bytes()
+
+
+def test_compressed_deltas_are_merged_as_what_they_stand_for(tmp_path):
+    base, model, _, _ = llamas(tmp_path)
+    delta = Delta.between(base, model).compress(Quantise(4))
+    delta.save_pretrained(tmp_path / "d")
+    merge.run(merge.build("iso_c", [str(tmp_path / "d")], base=base), tmp_path / "out")
+    whole = type(llama()).from_pretrained(base)
+    delta.apply_(whole)
+    whole.save_pretrained(tmp_path / "whole")
+    merge.run(merge.build("iso_c", [str(tmp_path / "whole")], base=base), tmp_path / "want")
+    a, b = (load_file(tmp_path / d / "model.safetensors") for d in ("out", "want"))
+    assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
