@@ -6,24 +6,23 @@ refuses a base that is not its own.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from torch import Tensor, nn
 
-from retouch import deltafile, deltaview, hub, ops, updates
+from retouch import compress as compression
+from retouch import deltafile, deltamove, deltaview, hub, ops, updates
 from retouch.deltaentry import Entry
-from retouch.deltasource import Key, Source, check_ties, memory, named
+from retouch.deltamove import Target
+from retouch.deltasource import Source, check_ties
 from retouch.eligible import own_parameters
-from retouch.errors import BaseMismatchError, EngineError, FormatError, ShapeError
+from retouch.errors import FormatError, ShapeError
 from retouch.masks import Mask
-from retouch.slots import PLACE, same_bits
+from retouch.slots import same_bits
 
 __all__ = ["Delta", "Entry"]
-
-Target = nn.Module | dict[str, Tensor]
 
 
 class Delta(Mapping[str, Entry]):
@@ -152,7 +151,8 @@ class Delta(Mapping[str, Entry]):
     def apply_(self, target: Target, force: bool = False) -> None:
         """Brings a base to the tuned state, in place; nothing is written before all is checked.
 
-        Applying it again changes nothing. What the base had there is remembered, so `revert_` is exact.
+        Applying it again changes nothing (of a compressed delta that knows its result by no fingerprint,
+        it is refused). What the base had there is remembered, so `revert_` is exact.
 
         Args:
             target: A model, or a state dict.
@@ -165,7 +165,7 @@ class Delta(Mapping[str, Entry]):
                 that the delta changes differently.
             FormatError: The values of the delta are damaged: they do not lead to its result.
         """
-        self._move(target, force, forward=True)
+        deltamove.move(self, target, force, forward=True)
 
     def revert_(self, target: Target, force: bool = False) -> None:
         """Brings a tuned model back to the base, in place and bit for bit.
@@ -183,108 +183,10 @@ class Delta(Mapping[str, Entry]):
         lacking = [n for n, e in self.items() if e.old is None and e.kind != "added"]
         if lacking:
             raise FormatError(
-                f"this delta does not hold the old values of {_some(lacking)}: save it with "
+                f"this delta does not hold the old values of {deltamove.some(lacking)}: save it with "
                 "reversible=True, or apply it with this object first"
             )
-        self._move(target, force, forward=False)
-
-    def _move(self, target: Target, force: bool, *, forward: bool) -> None:
-        tensors = named(target)
-        wrong: list[str] = []
-        damaged: list[str] = []
-        foreign: set[str] = set()
-        todo: list[tuple[str, Entry, Tensor]] = []
-        whole: list[tuple[str, Entry]] = []
-        taken: dict[Key, Entry] = {}
-        for name, entry in self.items():
-            places = self._places(tensors, name)
-            if entry.kind in ("added", "removed"):
-                if isinstance(target, nn.Module):
-                    raise ShapeError(
-                        f"{name} was {entry.kind}: a model cannot gain or lose a tensor; apply the "
-                        "delta to a state dict or, with `retouch apply`, to a checkpoint"
-                    )
-                want = entry.result_hash if entry.kind == "added" else entry.base_hash
-                same = all(ops.fingerprint(t) == want for t in places) or want is None
-                creates = (entry.kind == "added") == forward
-                if places and not same:
-                    wrong.append(name)
-                    foreign.add(name)
-                if bool(places) != creates or not same:
-                    whole.append((name, entry))
-                continue
-            if not places:
-                raise ShapeError(f"the target has no tensor {name}")
-            for tensor in places:
-                _check_shape(name, entry, tensor)
-                values = entry.value if forward else entry.old
-                assert values is not None
-                before, after = entry.base_hash, entry.result_hash
-                if not forward:
-                    before, after = after, before
-                now = ops.fingerprint(tensor)
-                if now == after:
-                    continue
-                if before is not None and now != before:
-                    foreign.add(name)
-                elif not force and after is not None and entry.leads_to(tensor, values) != after:
-                    # from the right base it must: else the values are not what they were
-                    (foreign.add if before is None else damaged.append)(name)
-                if name in foreign and name not in wrong:
-                    wrong.append(name)
-                other = taken.setdefault(memory(tensor), entry)
-                if other is not entry and not _same_change(entry, other, forward):
-                    raise ShapeError(
-                        f"{name} shares its memory with another tensor of the target, but the delta "
-                        "changes the two differently"
-                    )
-                todo.append((name, entry, tensor))
-        if wrong and not force:
-            raise BaseMismatchError(
-                f"this is not the {'base' if forward else 'result'} of the delta: {len(wrong)} tensors "
-                f"differ ({_some(wrong)}); force=True goes on all the same"
-            )
-        if damaged:
-            raise FormatError(
-                f"the delta is damaged: its values for {_some(damaged)} do not lead to the "
-                "fingerprint that it has for them"
-            )
-        # all that is remembered is read before anything is written: two names may share memory
-        for name, entry, tensor in todo:
-            if forward and entry.old is None and name not in foreign:
-                entry.old = entry.read(tensor).cpu()
-        for name, entry, tensor in todo:
-            values = entry.value if forward else entry.old
-            if values is not None:
-                entry.write(tensor, values, name)
-        for name, entry in whole:
-            self._whole(target, name, entry, forward, name not in foreign)
-        _resync(target)
-
-    def _names(self, name: str) -> list[str]:
-        return [name, *(alias for alias, n in self.aliases.items() if n == name)]
-
-    def _places(self, tensors: Mapping[str, Tensor], name: str) -> list[Tensor]:
-        """The tensors that have this name or one tied to it; the same memory once."""
-        found = [tensors[n] for n in self._names(name) if n in tensors]
-        return list({memory(t): t for t in found}.values())
-
-    def _whole(
-        self, target: Target, name: str, entry: Entry, forward: bool, remember: bool
-    ) -> None:
-        if not isinstance(target, MutableMapping):
-            raise EngineError(f"wanted a model or a dict, got {type(target).__name__}")
-        if (entry.kind == "added") == forward:
-            new = entry.value if forward else entry.old
-            assert new is not None
-            new = new.clone()
-            target.update({n: new for n in self._names(name)})
-            return
-        there = [n for n in self._names(name) if n in target]
-        if entry.kind == "removed" and entry.old is None and remember:
-            entry.old = target[there[0]].detach().clone().cpu()
-        for n in there:
-            del target[n]
+        deltamove.move(self, target, force, forward=False)
 
     @contextlib.contextmanager
     def applied(self, model: Target) -> Iterator[None]:
@@ -304,33 +206,40 @@ class Delta(Mapping[str, Entry]):
         Raises:
             BaseMismatchError: The model does not hold the values of this delta.
         """
-        tensors, held = named(model), []
-        for name, entry in self.items():
-            if entry.kind in ("added", "removed"):
-                raise ShapeError(f"{name} was {entry.kind}: a model cannot gain or lose a tensor")
-            if entry.old is None or entry.value is None:
-                raise FormatError(f"this delta does not hold the old values of {name}")
-            places = self._places(tensors, name)
-            if not places:
-                raise ShapeError(f"the target has no tensor {name}")
-            for tensor in places:
-                _check_shape(name, entry, tensor)
-                now = entry.read(tensor)
-                value = entry.value.to(now.device)
-                if not bool(same_bits(now.reshape(-1), value.reshape(-1)).all()):
-                    raise BaseMismatchError(
-                        f"{name} does not hold the values of this delta: apply it first"
-                    )
-                held.append((tensor, entry, name))
+        held = deltamove.swap_out(self, model)
+        news = [entry.new for _, entry, _ in held]
         try:
             for tensor, entry, name in held:
                 assert entry.old is not None
                 entry.write(tensor, entry.old, name)
             yield
         finally:
-            for tensor, entry, name in held:
-                assert entry.value is not None
-                entry.write(tensor, entry.value, name)
+            for (tensor, entry, name), new in zip(held, news, strict=True):
+                assert new is not None
+                entry.write(tensor, new, name)
+
+    def compress(self, *steps: "compression.Step", base: Any = None, min_dims: int = 2) -> "Delta":
+        """A smaller delta that does nearly the same: lossy, with the loss of each tensor in `stats`.
+
+        Its values are added to the base and rounded once. It keeps old values where they are known.
+
+        Args:
+            *steps: In order: `compress.Magnitude` and `compress.Dare` make the difference sparse; then at
+                most one of `compress.BitDelta`, `compress.Quantise` and `compress.LowRank`.
+            base: The model that the delta is for (checkpoint, model or state dict). Needed where the delta
+                does not hold old values or fingerprints; with it the result has a fingerprint too.
+            min_dims: Tensors with fewer dimensions stay exact, as do integers, 8-bit floats, and tensors
+                that were added or removed.
+
+        Raises:
+            FormatError: Old values or fingerprints are not known, and there is no base.
+            BaseMismatchError: `base` is another one.
+            ScoreError: A change is NaN or infinite.
+            HyperparameterError: A step is out of range, or cannot follow the one before it.
+        """
+        entries = compression.compressed(self, steps, base, min_dims)
+        metadata = self.metadata | {"compressed": [*map(repr, steps)]}
+        return Delta(entries, self.aliases, self.base_model, metadata)
 
     # --- figures -------------------------------------------------------------------------------
 
@@ -342,17 +251,17 @@ class Delta(Mapping[str, Entry]):
     @property
     def nbytes(self) -> int:
         """Bytes of positions and new values in memory."""
-        parts = [t for e in self.values() for t in (e.index, e.value) if t is not None]
-        return sum(t.numel() * t.element_size() for t in parts)
+        return sum(e.nbytes for e in self.values())
 
     def stats(self) -> dict[str, dict[str, Any]]:
         """Figures of each tensor.
 
         Returns:
-            By name: `kind`, `changed`, `numel` and `fraction`. For floats whose old values are known
-            also `not_finite` (changes from or to NaN or infinity) and, of the others, `max_abs` and
-            `l2` of the change, and `max_ulp`, `median_ulp` and `one_ulp` (the fraction that moved to
-            the next float; a change from 0 to -0 counts as none).
+            By name: `kind`, `changed`, `numel`, `fraction` and `bytes` (in the file); of compressed
+            tensors `error` (norm of what is missing, relative to that of the change). For floats whose
+            old values are known also `not_finite` (changes from or to NaN or infinity) and, of the
+            others, `max_abs` and `l2` of the change, and `max_ulp`, `median_ulp` and `one_ulp` (the
+            fraction that moved to the next float; a change from 0 to -0 counts as none).
         """
         return {name: deltaview.figures(entry) for name, entry in self.items()}
 
@@ -474,32 +383,3 @@ def _equal(source: Source, a: str, b: str) -> bool:
         return True
     x, y = source.read[a](), source.read[b]()
     return x.dtype == y.dtype and x.shape == y.shape and not ops.diff(x, y, b).numel()
-
-
-def _check_shape(name: str, entry: Entry, tensor: Tensor) -> None:
-    if tuple(tensor.shape) != entry.shape or tensor.dtype != entry.dtype:
-        raise ShapeError(
-            f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; the delta is for "
-            f"{entry.dtype} of shape {entry.shape}"
-        )
-
-
-def _same_change(a: Entry, b: Entry, forward: bool) -> bool:
-    """Whether two entries write the same bits to the same places."""
-    x, y = (a.value, b.value) if forward else (a.old, b.old)
-    if a.kind != b.kind or x is None or y is None or x.numel() != y.numel():
-        return False
-    if a.index is not None and b.index is not None and not torch.equal(a.index, b.index):
-        return False
-    return bool(same_bits(x.reshape(-1), y.reshape(-1)).all())
-
-
-def _resync(target: Target) -> None:
-    """Tells the engine of a wrapped model that its weights were written."""
-    engine: Any = target._modules.get(PLACE) if isinstance(target, nn.Module) else None
-    if engine is not None and hasattr(engine, "sync_from_weights"):
-        engine.sync_from_weights()
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,9 +1,13 @@
-"""The files of a delta: `delta.safetensors` and `delta_config.json`, format version 1.
+"""The files of a delta: `delta.safetensors` and `delta_config.json`, format version 1 or 2.
 
 Per changed tensor: `<name>.val` (new values, the tensor's dtype), `<name>.idx` (flat positions: U16
 gaps, the first position and then each distance minus one, or I32/I64 positions where a gap does not
 fit), `<name>.old` (old values) if reversible; whole tensors under `<name>`. The config says for each
 tensor kind, dtype, shape, count, coding and both fingerprints. `retouch diff` writes the same.
+
+Version 2 is written only for compressed deltas, whose values are added to the base: kinds "sparse-add"
+(with `<name>.idx`), "dense-add" and "low-rank". The config then also says `coding`, `block` and `error`;
+the tensors `<name>.add`, `.bits`, `.codes`, `.scale`, `.A` and `.B` are those of `deltachange.Change`.
 """
 
 import contextlib
@@ -23,15 +27,17 @@ from torch import Tensor
 
 from retouch import ops
 from retouch._core import __version__
+from retouch.deltachange import PARTS, Change
 from retouch.deltaentry import Entry
 from retouch.errors import FormatError
 
 if TYPE_CHECKING:
     from retouch.delta import Delta
 
-FORMAT, VERSION = "retouch-delta", 1
+FORMAT, VERSIONS = "retouch-delta", (1, 2)
 CONFIG, TENSORS = "delta_config.json", "delta.safetensors"
-_KINDS = ("sparse-replace", "dense", "added", "removed")
+_EXACT = ("sparse-replace", "dense", "added", "removed")
+_ADDING = ("sparse-add", "dense-add", "low-rank")
 
 
 def encode(index: Tensor) -> tuple[str, Tensor]:
@@ -74,9 +80,14 @@ def save(folder: Path, delta: "Delta", *, reversible: bool) -> None:
             "count": e.count, "base_hash": e.base_hash, "result_hash": e.result_hash,
         }  # fmt: skip
         if e.index is not None:
-            assert e.value is not None
             row["index_encoding"], index = encode(e.index)
             store(f"{name}.idx", index)
+        if e.change is not None:
+            row |= {"coding": e.change.coding, "block": e.change.block, "error": e.error}
+            for part, tensor in e.change.parts.items():
+                store(f"{name}.{part}", tensor)
+        elif e.index is not None:
+            assert e.value is not None
             store(f"{name}.val", e.value)
         elif e.value is not None:
             store(name, e.value)
@@ -85,8 +96,10 @@ def save(folder: Path, delta: "Delta", *, reversible: bool) -> None:
                 raise FormatError(f"the old values of {name} are not known: reversible=False")
             store(f"{name}.old", e.old)
         rows[name] = row
+    # older readers refuse what they do not know, and read the rest
+    version = 2 if any(e.change is not None for e in delta.values()) else 1
     config = {
-        "format": FORMAT, "format_version": VERSION, "retouch_version": __version__,
+        "format": FORMAT, "format_version": version, "retouch_version": __version__,
         "base_model": delta.base_model, "metadata": delta.metadata, "reversible": reversible,
         "tensors": rows, "aliases": delta.aliases,
     }  # fmt: skip
@@ -164,7 +177,11 @@ def _keys(name: str, entry: Entry) -> list[str]:
     """The tensors of the file that belong to an entry."""
     keys = [f"{name}.old"] if entry.old is not None else []
     if entry.index is not None:
-        return [*keys, f"{name}.idx", f"{name}.val"]
+        keys.append(f"{name}.idx")
+    if entry.change is not None:
+        return [*keys, *(f"{name}.{part}" for part in entry.change.parts)]
+    if entry.index is not None:
+        return [*keys, f"{name}.val"]
     return [*keys, name] if entry.value is not None else keys
 
 
@@ -179,10 +196,10 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise FormatError(f"{path}: not a JSON file ({e})") from e
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise FormatError(f"{path}: this is not a retouch delta")
-    if config.get("format_version") != VERSION:
+    if config.get("format_version") not in VERSIONS:
         raise FormatError(
             f"{path}: delta format version {config.get('format_version')!r}; this retouch "
-            f"({__version__}) reads version {VERSION}: update retouch"
+            f"({__version__}) reads versions 1 and 2: update retouch"
         )
     tensors, aliases = config.get("tensors"), config.get("aliases") or {}
     if not isinstance(tensors, dict):
@@ -200,7 +217,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def _entry(name: str, row: Mapping[str, Any], file: Any, stored: set[str]) -> Entry:
     kind, shape = row["kind"], tuple(row["shape"])
-    if kind not in _KINDS:
+    if kind not in _EXACT + _ADDING:
         raise ValueError(f"{name} has the unknown kind {kind!r}")
     if not all(type(n) is int and n >= 0 for n in shape):
         raise ValueError(f"{name} has the shape {row['shape']!r}")
@@ -209,9 +226,21 @@ def _entry(name: str, row: Mapping[str, Any], file: Any, stored: set[str]) -> En
         raise ValueError(f"{name} has a fingerprint that is no text")
     dtype = {v: k for k, v in ops._DTYPE_NAMES.items()}[row["dtype"]]
     numel = math.prod(shape)
-    index = value = None
-    if kind == "sparse-replace":
+    index = value = change = None
+    if kind in ("sparse-replace", "sparse-add"):
         index = decode(row["index_encoding"], file.get_tensor(f"{name}.idx"), numel)
+    if kind in _ADDING:
+        count = numel if index is None else index.numel()
+        if (kind == "low-rank") != (row["coding"] == "low-rank") or count != row["count"]:
+            raise ValueError(f"{name} is {kind} of {row['count']} values as {row['coding']!r}")
+        if dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            raise ValueError(f"{name}: nothing can be added to {dtype}")
+        if hashes[0] is None:
+            raise ValueError(f"{name} is added to the base, but has no fingerprint of it")
+        parts = {part: file.get_tensor(f"{name}.{part}") for part in PARTS[row["coding"]]}
+        change = Change(row["coding"], count, parts, row["block"])
+        change.check(shape)
+    elif index is not None:
         value = file.get_tensor(f"{name}.val")
         if value.shape != index.shape or value.numel() != int(row["count"]):
             raise ValueError(f"{name} has {index.numel()} positions and {value.numel()} values")
@@ -223,6 +252,8 @@ def _entry(name: str, row: Mapping[str, Any], file: Any, stored: set[str]) -> En
     for part in (value, old):
         if part is not None and part.dtype != dtype:
             raise ValueError(f"{name} holds {part.dtype}, expected {dtype}")
-    if old is not None and value is not None and old.numel() != value.numel():
-        raise ValueError(f"{name} has {old.numel()} old and {value.numel()} new values")
-    return Entry(kind, shape, dtype, index, value, old, *hashes)
+    error = row.get("error")
+    entry = Entry(kind, shape, dtype, index, value, old, *hashes, change, error)
+    if old is not None and kind != "removed" and old.numel() != entry.count:
+        raise ValueError(f"{name} has {old.numel()} old and {entry.count} new values")
+    return entry

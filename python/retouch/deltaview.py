@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from retouch.deltaentry import Entry
+from retouch.deltafile import encode
 from retouch.maskview import split
 
 if TYPE_CHECKING:
@@ -40,18 +41,30 @@ def ulps(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(negative == other, (x - y).abs(), across)
 
 
+def stored_bytes(entry: Entry) -> int:
+    """Bytes of an entry in its file, without old values and names."""
+    if entry.index is None:
+        return entry.nbytes
+    kept = entry.index.numel() * entry.index.element_size()
+    index = encode(entry.index)[1]
+    return entry.nbytes - kept + index.numel() * index.element_size()
+
+
 def figures(entry: Entry) -> dict[str, Any]:
     """See `Delta.stats`."""
     numel = torch.Size(entry.shape).numel()
     row: dict[str, Any] = {
         "kind": entry.kind, "changed": entry.count, "numel": numel,
-        "fraction": entry.count / max(numel, 1),
+        "fraction": entry.count / max(numel, 1), "bytes": stored_bytes(entry),
     }  # fmt: skip
+    if entry.error is not None:
+        row["error"] = entry.error
     # float8_e8m0fnu is all exponent: no sign, so no distance in the sense of `ulps`
     exponents = entry.dtype == torch.float8_e8m0fnu
-    if entry.old is None or entry.value is None or not entry.dtype.is_floating_point or exponents:
+    value = entry.new
+    if entry.old is None or value is None or not entry.dtype.is_floating_point or exponents:
         return row
-    old, new = entry.old.detach().reshape(-1).cpu(), entry.value.detach().reshape(-1).cpu()
+    old, new = entry.old.detach().reshape(-1).cpu(), value.detach().reshape(-1).cpu()
     finite = old.double().isfinite() & new.double().isfinite()
     row["not_finite"] = int((~finite).sum())
     if not bool(finite.any()):

@@ -136,13 +136,13 @@ def mask_of(delta: "Delta") -> Mask:
     """See `Delta.mask`."""
     chosen = {}
     for name, entry in delta.items():
-        if entry.kind == "sparse-replace" and entry.index is not None:
+        if entry.index is not None:
             chosen[name] = Selection("elements", entry.shape, entry.index)
         elif entry.kind == "dense" and entry.old is not None and entry.value is not None:
             differs = ~same_bits(entry.old.reshape(-1), entry.value.reshape(-1))
             index = differs.nonzero().squeeze(1)
             chosen[name] = Selection("elements", entry.shape, index)
-        elif entry.kind == "dense":
+        elif entry.kind in ("dense", "dense-add", "low-rank"):
             chosen[name] = Selection("all", entry.shape)
     return Mask(chosen)
 
@@ -170,11 +170,12 @@ def _both(name: str, entry: Entry, source: Source | None) -> tuple[Tensor, Tenso
     old = entry.old
     if old is None and source is not None:
         old = entry.read(source.read[name]())
-    if old is None or entry.value is None:
+    new = entry.after(old)
+    if old is None or new is None:
         raise FormatError(
             f"the delta does not hold the old values of {name}: pass base=, the model that it is for"
         )
-    return old.detach().reshape(-1).cpu(), entry.value.detach().reshape(-1).cpu()
+    return old.detach().reshape(-1).cpu(), new.detach().reshape(-1).cpu()
 
 
 def _is_upcast(values: Tensor) -> bool:

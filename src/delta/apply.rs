@@ -1,10 +1,11 @@
 //! A checkpoint and a delta to another checkpoint, there and back.
 use super::Run;
-use super::check::{Side, check_shapes, differing, refuse};
+use super::check::{Side, check_shapes, differing, hash, refuse};
 use super::config::{Delta, Entry, Kind};
 use crate::error::{Error, Result};
 use crate::io::{self, Checkpoint, Output, Shard, Tensor, Writer};
 use crate::kernel::bits::{self, Changes, Hash};
+use crate::kernel::change;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -17,6 +18,8 @@ enum Edit<'a> {
     Values(&'a str, &'a Entry, &'a [u8]),
     /// elements at the delta's positions get the bytes that this whole tensor has there
     Copied(&'a str, &'a Entry, &'a [u8]),
+    /// the delta's numbers are added
+    Plus(&'a str, &'a Entry),
     /// it is this one
     Whole(&'a Entry, &'a [u8]),
 }
@@ -54,6 +57,13 @@ pub fn apply(
                 Kind::Sparse => Edit::Values(name, entry, delta.bytes(name, ".val")?),
                 Kind::Dense | Kind::Added => Edit::Whole(entry, delta.bytes(name, "")?),
                 Kind::Removed => Edit::Drop,
+                Kind::SparseAdd | Kind::DenseAdd | Kind::LowRank => {
+                    let now = source.get(target).map(|t| hash(run, t)).transpose()?;
+                    if now.is_some() && now == entry.result_hash {
+                        continue; // added already
+                    }
+                    Edit::Plus(name, entry)
+                }
             };
             edits.insert(target, edit);
         }
@@ -103,8 +113,8 @@ pub fn revert(
         for target in targets(&source, &delta, name) {
             let edit = match (entry.kind, old, original) {
                 (Kind::Added, ..) => Edit::Drop,
-                (Kind::Sparse, Some(old), _) => Edit::Values(name, entry, old),
-                (Kind::Sparse, None, Some(t)) => Edit::Copied(name, entry, t.bytes),
+                (kind, Some(old), _) if kind.has_index() => Edit::Values(name, entry, old),
+                (kind, None, Some(t)) if kind.has_index() => Edit::Copied(name, entry, t.bytes),
                 (_, Some(old), _) => Edit::Whole(entry, old),
                 (_, None, Some(t)) if t.dtype == entry.dtype && t.shape == entry.shape => {
                     Edit::Whole(entry, t.bytes)
@@ -231,7 +241,20 @@ impl Job<'_> {
         let Some(edit) = self.edits.get(name) else {
             return old.map_or(Ok(()), |t| put(writer, t.bytes));
         };
-        let (bytes, change, entry) = match (edit, old) {
+        let sum;
+        let (bytes, patch, entry) = match (edit, old) {
+            (Edit::Plus(n, entry), Some(t)) if entry.kind.has_index() => {
+                let positions = self.delta.positions(n, entry)?;
+                let width = io::width(&entry.dtype).unwrap_or(1);
+                let before = bits::take(n, width, t.bytes, positions.index())?;
+                let numbers = self.delta.numbers(n, entry)?;
+                let values = change::add(n, &entry.dtype, &before, &numbers)?;
+                (t.bytes, Some((positions, std::borrow::Cow::Owned(values))), *entry)
+            }
+            (Edit::Plus(n, entry), Some(t)) => {
+                sum = change::add(n, &entry.dtype, t.bytes, &self.delta.numbers(n, entry)?)?;
+                (sum.as_slice(), None, *entry)
+            }
             (Edit::Values(n, entry, values), Some(t)) => {
                 let positions = self.delta.positions(n, entry)?;
                 (t.bytes, Some((positions, std::borrow::Cow::Borrowed(*values))), *entry)
@@ -245,7 +268,7 @@ impl Job<'_> {
             (Edit::Whole(entry, bytes), _) => (*bytes, None, *entry),
             _ => return Ok(()),
         };
-        let patch = match &change {
+        let patch = match &patch {
             Some((positions, values)) => {
                 let width = io::width(&entry.dtype).unwrap_or(1);
                 Some(Changes::new(name, positions.index(), values, width, bytes.len())?)

@@ -54,9 +54,13 @@ fn matches(
             return Ok(false);
         }
         // a delta that was made without its base knows no hash: nothing to compare with
-        if wanted.iter().all(Option::is_some)
-            && !wanted.contains(&Some(hash(run, tensor)?.as_str()))
-        {
+        // but what is added twice is wrong: there the state that is expected must be known to be one
+        let known = if entry.kind.adds() {
+            sides.first().is_some_and(|side| entry.hash(*side).is_some())
+        } else {
+            wanted.iter().all(Option::is_some)
+        };
+        if known && !wanted.contains(&Some(hash(run, tensor)?.as_str())) {
             return Ok(false);
         }
     }
@@ -93,11 +97,11 @@ pub fn show(delta: &Path) -> Result<Value> {
     let (mut index, mut values, mut old, mut whole) = (0, 0, 0, 0);
     for (name, entry) in &delta.tensors {
         let size = |suffix| delta.stored(name, suffix).map_or(0, |t| t.bytes.len());
-        if entry.kind == super::Kind::Sparse {
+        if entry.kind.has_index() {
             delta.positions(name, entry)?;
         }
         index += size(".idx");
-        values += size(".val");
+        values += size(".val") + delta.added_bytes(name, entry);
         old += size(".old");
         whole += size("");
     }

@@ -1,7 +1,7 @@
 //! The delta folder: `delta_config.json` says what changed, `delta.safetensors` holds it.
 use crate::error::{Error, Result};
 use crate::io::{self, Checkpoint, Tensor};
-use crate::kernel::pack;
+use crate::kernel::{change, pack};
 use crate::view::{Index, Positions, check_index};
 use crate::with_index;
 use serde_json::{Map, Value, json};
@@ -13,7 +13,9 @@ pub const CONFIG: &str = "delta_config.json";
 /// Name of the tensors.
 pub const WEIGHTS: &str = "delta.safetensors";
 const FORMAT: &str = "retouch-delta";
+/// What is written; 2 has the kinds that add.
 const VERSION: u64 = 1;
+const NEWEST: u64 = 2;
 
 /// How a tensor changed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,6 +28,38 @@ pub enum Kind {
     Added,
     /// it is gone
     Removed,
+    /// numbers are added to some elements
+    SparseAdd,
+    /// numbers are added to all elements
+    DenseAdd,
+    /// the product of two matrices is added
+    LowRank,
+}
+
+impl Kind {
+    /// Whether positions are stored.
+    pub(super) fn has_index(self) -> bool {
+        matches!(self, Kind::Sparse | Kind::SparseAdd)
+    }
+    /// Whether the result is the base plus numbers.
+    pub(super) fn adds(self) -> bool {
+        matches!(self, Kind::SparseAdd | Kind::DenseAdd | Kind::LowRank)
+    }
+}
+
+/// How the numbers that are added are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Coding {
+    /// F32
+    Plain,
+    /// one bit each, and one magnitude
+    Sign,
+    /// I8 with a scale for so many
+    Int8(usize),
+    /// half a byte, likewise
+    Int4(usize),
+    /// two F32 matrices
+    LowRank,
 }
 
 /// How positions are stored.
@@ -39,11 +73,14 @@ pub enum Encoding {
     I64,
 }
 
-const KINDS: [(Kind, &str); 4] = [
+const KINDS: [(Kind, &str); 7] = [
     (Kind::Sparse, "sparse-replace"),
     (Kind::Dense, "dense"),
     (Kind::Added, "added"),
     (Kind::Removed, "removed"),
+    (Kind::SparseAdd, "sparse-add"),
+    (Kind::DenseAdd, "dense-add"),
+    (Kind::LowRank, "low-rank"),
 ];
 const ENCODINGS: [(Encoding, &str, &str); 3] = [
     (Encoding::Gap16, "gap16", "U16"),
@@ -70,6 +107,8 @@ pub struct Entry {
     pub count: usize,
     /// how positions are stored
     pub encoding: Encoding,
+    /// how numbers are stored, of kinds that add
+    pub coding: Option<Coding>,
     /// hash before
     pub base_hash: Option<String>,
     /// hash after
@@ -82,7 +121,7 @@ impl Entry {
         let encoding = ENCODINGS.iter().find(|e| e.0 == self.encoding).map(|e| e.1);
         json!({
             "kind": kind, "dtype": self.dtype, "shape": self.shape, "count": self.count,
-            "index_encoding": encoding.filter(|_| self.kind == Kind::Sparse),
+            "index_encoding": encoding.filter(|_| self.kind.has_index()),
             "base_hash": self.base_hash, "result_hash": self.result_hash,
         })
     }
@@ -95,22 +134,59 @@ impl Entry {
         };
         let kind = KINDS.iter().find(|k| Some(k.1) == text("kind"))?.0;
         let encoding = match text("index_encoding") {
-            None if kind != Kind::Sparse => Encoding::I64,
+            None if !kind.has_index() => Encoding::I64,
             name => ENCODINGS.iter().find(|e| Some(e.1) == name)?.0,
         };
         let size = |v: &Value| v.as_u64().and_then(|n| usize::try_from(n).ok());
+        let block = || value.get("block").and_then(size).filter(|b| *b > 0);
+        let coding = match text("coding") {
+            None if !kind.adds() => None,
+            Some("plain") => Some(Coding::Plain),
+            Some("sign") => Some(Coding::Sign),
+            Some("int8") => Some(Coding::Int8(block()?)),
+            Some("int4") => Some(Coding::Int4(block()?)),
+            Some("low-rank") => Some(Coding::LowRank),
+            _ => return None,
+        };
+        if (kind == Kind::LowRank) != (coding == Some(Coding::LowRank)) {
+            return None;
+        }
         Some(Entry {
             kind,
             dtype: text("dtype")?.to_string(),
             shape: value.get("shape")?.as_array()?.iter().map(size).collect::<Option<_>>()?,
             count: value.get("count").and_then(size)?,
             encoding,
+            coding,
             base_hash: hash("base_hash")?,
             result_hash: hash("result_hash")?,
         })
     }
 
-    fn numel(&self) -> Option<usize> {
+    /// The tensors that hold the numbers to add: suffix, dtype, shape. `rank` is that of a low-rank one.
+    fn parts(&self, rank: usize) -> Vec<(&'static str, &'static str, Vec<usize>)> {
+        let n = self.count;
+        match self.coding {
+            None => vec![],
+            Some(Coding::Plain) => vec![(".add", "F32", vec![n])],
+            Some(Coding::Sign) => {
+                vec![(".bits", "U8", vec![n.div_ceil(8)]), (".scale", "F32", vec![1])]
+            }
+            Some(Coding::Int8(block)) => {
+                vec![(".codes", "I8", vec![n]), (".scale", "F32", vec![n.div_ceil(block)])]
+            }
+            Some(Coding::Int4(block)) => vec![
+                (".codes", "U8", vec![n.div_ceil(2)]),
+                (".scale", "F32", vec![n.div_ceil(block)]),
+            ],
+            Some(Coding::LowRank) => {
+                let [out, inputs] = [0, 1].map(|i| self.shape.get(i).copied().unwrap_or(0));
+                vec![(".A", "F32", vec![rank, inputs]), (".B", "F32", vec![out, rank])]
+            }
+        }
+    }
+
+    pub(super) fn numel(&self) -> Option<usize> {
         self.shape.iter().try_fold(1_usize, |n, s| n.checked_mul(*s))
     }
 }
@@ -155,10 +231,11 @@ impl Delta {
             return bad(format!("not a delta: \"format\" is not \"{FORMAT}\""));
         }
         let version = json.get("format_version");
-        if version.and_then(Value::as_u64) != Some(VERSION) {
+        if !version.and_then(Value::as_u64).is_some_and(|v| (VERSION..=NEWEST).contains(&v)) {
             let got = version.unwrap_or(&Value::Null);
             return bad(format!(
-                "format_version is {got}, this retouch reads {VERSION}; a newer retouch may read it"
+                "format_version is {got}, this retouch reads {VERSION} to {NEWEST}; a newer retouch may \
+                 read it"
             ));
         }
         let mut tensors = BTreeMap::new();
@@ -197,11 +274,26 @@ impl Delta {
             let full = entry.shape.as_slice();
             let some = [entry.count];
             let numel = entry.numel().filter(|n| entry.count <= *n);
-            if numel.is_none() || (entry.kind == Kind::Sparse && io::width(&entry.dtype).is_none())
-            {
+            let whole = entry.kind.has_index() || !entry.kind.adds() || numel == Some(entry.count);
+            let matrix = entry.kind != Kind::LowRank || full.len() == 2;
+            let floats = ["F64", "F32", "F16", "BF16"].contains(&entry.dtype.as_str());
+            // without a hash nobody could tell whether it was added already
+            let adds =
+                !entry.kind.adds() || (floats && whole && matrix && entry.base_hash.is_some());
+            let width = !entry.kind.has_index() || io::width(&entry.dtype).is_some();
+            if numel.is_none() || !adds || !width {
                 return self.bad(format!("the description of tensor {name} is not valid"));
             }
+            let rank = self.stored(name, ".A").and_then(|t| t.shape.first().copied()).unwrap_or(0);
+            let parts = entry.parts(rank);
+            let mut adding: Vec<Want<'_>> =
+                parts.iter().map(|(s, d, n)| (*s, *d, &n[..])).collect();
+            if entry.kind == Kind::SparseAdd {
+                adding.push((".idx", entry.encoding.dtype(), &some));
+            }
             let (must, may): (&[Want<'_>], &[Want<'_>]) = match entry.kind {
+                Kind::SparseAdd => (&adding, &[(".old", &entry.dtype, &some)]),
+                Kind::DenseAdd | Kind::LowRank => (&adding, &[(".old", &entry.dtype, full)]),
                 Kind::Sparse => (
                     &[(".idx", entry.encoding.dtype(), &some), (".val", &entry.dtype, &some)],
                     &[(".old", &entry.dtype, &some)],
@@ -256,6 +348,32 @@ impl Delta {
             Ok(positions)
         });
         checked.map_err(|e: Error| io::format(&self.path.join(WEIGHTS), e.to_string()))
+    }
+
+    /// The numbers that are added to a tensor: to all elements, or to those at its positions.
+    pub(super) fn numbers(&self, name: &str, entry: &Entry) -> Result<Vec<f32>> {
+        let part = |suffix| self.bytes(name, suffix);
+        let n = entry.count;
+        match entry.coding {
+            None => Ok(Vec::new()),
+            Some(Coding::Plain) => Ok(change::plain(part(".add")?)),
+            Some(Coding::Sign) => change::signs(part(".bits")?, part(".scale")?, n),
+            Some(Coding::Int8(block)) => {
+                change::integers(8, part(".codes")?, part(".scale")?, block, n)
+            }
+            Some(Coding::Int4(block)) => {
+                change::integers(4, part(".codes")?, part(".scale")?, block, n)
+            }
+            Some(Coding::LowRank) => {
+                change::product(part(".B")?, part(".A")?, entry.shape[0], entry.shape[1])
+            }
+        }
+    }
+
+    /// The bytes of all tensors that hold what is added.
+    pub(super) fn added_bytes(&self, name: &str, entry: &Entry) -> usize {
+        let parts = entry.parts(0);
+        parts.iter().filter_map(|(s, ..)| self.stored(name, s)).map(|t| t.bytes.len()).sum()
     }
 
     /// The names under which a checkpoint may hold this tensor.

@@ -111,6 +111,7 @@ fn compare(
         shape: t.shape.to_vec(),
         count: numel,
         encoding: Encoding::I64,
+        coding: None,
         base_hash: None,
         result_hash: None,
     };

@@ -27,5 +27,5 @@ impl Run<'_> {
 
 pub use apply::{apply, revert};
 pub use check::{show, verify};
-pub use config::{CONFIG, Delta, Encoding, Entry, Kind, WEIGHTS};
+pub use config::{CONFIG, Coding, Delta, Encoding, Entry, Kind, WEIGHTS};
 pub use diff::{DiffOptions, diff};

@@ -5,6 +5,7 @@
 pub mod adamw;
 pub mod bits;
 pub mod blend;
+pub mod change;
 pub mod chunk;
 pub mod gather;
 mod marks;

@@ -295,6 +295,7 @@ def test_figures():
     # from 1 to the next float, to 2 (128 steps), from -1 to 1 over zero (2 * 0x3f80), 0 to -0 (none)
     assert entry == {
         "kind": "sparse-replace", "changed": 5, "numel": 16, "fraction": 5 / 16, "not_finite": 1,
+        "bytes": 5 * (2 + 2),
         "max_abs": 2.0, "l2": math.sqrt(2**-14 + 1 + 4), "max_ulp": 2 * 0x3F80, "median_ulp": 1,
         "one_ulp": 0.25,
     }  # fmt: skip

@@ -5,7 +5,14 @@ for models whose tensors have the same names, `run` carries it out tensor by ten
 by name: `method_names`, `method_named`.
 """
 
-from retouch.merge import averages, geometry, sparse, votes  # noqa: F401  they register
+from retouch.merge import (  # noqa: F401  they register
+    averages,
+    geometry,
+    measured,
+    sparse,
+    spectral,
+    votes,
+)
 from retouch.merge.base import Job, Method, Param, method_named, method_names, register
 from retouch.merge.build import build
 from retouch.merge.engine import Result, TensorResult, run

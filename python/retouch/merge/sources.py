@@ -162,8 +162,16 @@ class DeltaReader:
         entry = self._entries.get(name)
         if entry is None:
             return self.base.read(name)
-        if entry.value is None:
+        if entry.kind == "removed":
             raise FormatError(f"{self._path}: it removes {name}")
+        if entry.change is not None:
+            base = self.base.read(name)
+            self._check(name, entry, base)
+            out, values = base.clone(), entry.after(entry.read(base))
+            assert values is not None
+            entry.write(out, values, name)
+            return out
+        assert entry.value is not None
         if entry.index is None:
             return entry.value.view(entry.shape)
         base = self.base.read(name)
