@@ -26,7 +26,7 @@ _NATIVE = (torch.float32, torch.float16, torch.bfloat16)
 _PIECE = 1 << 25  # elements of a stretch where no budget asks for less
 _INDEX = "model.safetensors.index.json"
 
-Extra = Mapping[str, str | bytes]
+Extra = Mapping[str, str | bytes | None]
 Progress = Callable[[int, int, str], None]
 
 
@@ -120,8 +120,9 @@ def run(
             the system takes them back when it needs memory.
         progress: Called with tensors done, tensors in all, and a name.
         readers: By source id, in place of what the plan's paths hold.
-        extra_files: Small files by name, written into the folder in place of side files of that name; or
-            a function that gets the result (all tensors written, not yet published) and returns them.
+        extra_files: Small files by name, written into the folder in place of side files of that name (None:
+            such a side file is left out); or a function that gets the result (all tensors written, not
+            yet published) and returns them.
 
     Returns:
         What was made and how.
@@ -518,7 +519,8 @@ def _files(
                 extra.setdefault("config.json", config)
             sink.copy_side_files(folder, sorted(extra))
     for name, content in extra.items():
-        sink.write(name, content.encode() if isinstance(content, str) else content)
+        if content is not None:
+            sink.write(name, content.encode() if isinstance(content, str) else content)
 
 
 def _config(folder: Path, shards: dict[str, list[_Task]]) -> str | None:
