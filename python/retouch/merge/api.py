@@ -121,7 +121,8 @@ def merge(
         RetouchError: See `retouch.merge.engine.run`.
     """
     if isinstance(config, Mapping):
-        document, chosen = parse(config), dialect or "mergekit"
+        document = parse(config)
+        chosen: str | None = dialect or "mergekit"
     elif isinstance(config, str | os.PathLike):
         document, chosen = read(config), dialect or "mergekit"
     else:
