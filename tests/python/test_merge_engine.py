@@ -170,6 +170,8 @@ def test_dtypes_and_extra_files(checkpoints, tmp_path):
     assert not (tmp_path / "out2/tokenizer.json").exists()
     config = json.loads((tmp_path / "out2/config.json").read_text())
     assert config.get("dtype", "float32") == "float32"
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out2", dtype="auto")
+    assert loaded.dtype == torch.float32
     with pytest.raises(HyperparameterError, match="dtype must be one of"):
         run(replace(plan, out_dtype="float17"), tmp_path / "no")
     with pytest.raises(HyperparameterError, match="new or empty folder"):

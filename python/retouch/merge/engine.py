@@ -5,8 +5,6 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,8 @@ from torch import Tensor
 
 from retouch import _core, ops
 from retouch.errors import FormatError, HyperparameterError, LayoutError, ShapeError
-from retouch.merge.base import Job, Method, method_named
+from retouch.merge.base import Job, method_named
+from retouch.merge.output import Extra, Result, Task, TensorResult, Writer, files, shards, size
 from retouch.merge.plan import Input, Plan, TensorPlan, natural
 from retouch.merge.sources import NAMES, DeltaReader, Meta, Reader, open_sources
 
@@ -24,76 +23,8 @@ __all__ = ["Result", "TensorResult", "run"]
 
 _NATIVE = (torch.float32, torch.float16, torch.bfloat16)
 _PIECE = 1 << 25  # elements of a stretch where no budget asks for less
-_INDEX = "model.safetensors.index.json"
 
-Extra = Mapping[str, str | bytes | None]
 Progress = Callable[[int, int, str], None]
-
-
-@dataclass
-class TensorResult:
-    """How one tensor was made; parameters are complete."""
-
-    name: str
-    method: str | None
-    dialect: str | None
-    dtype: str
-    shape: tuple[int, ...]
-    base: Input | None
-    inputs: tuple[Input, ...]
-    shared: dict[str, Any]
-    notes: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class Result:
-    """What a merge made.
-
-    Attributes:
-        out: The folder.
-        tensors: How each tensor was made, in the order of names.
-        files: Names of all files in the folder.
-        notes: Those of the plan.
-        seconds: From the first look at the sources to the published folder.
-        bytes_read: Size of all tensors that were merged or copied.
-        bytes_written: Size of all tensors of the output.
-        piece_bytes: Anonymous memory that the largest step was planned with.
-    """
-
-    out: Path
-    tensors: list[TensorResult] = field(default_factory=list)
-    files: list[str] = field(default_factory=list)
-    notes: tuple[str, ...] = ()
-    seconds: float = 0.0
-    bytes_read: int = 0
-    bytes_written: int = 0
-    piece_bytes: int = 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
-        return asdict(self) | {"out": str(self.out)}
-
-
-@dataclass
-class _Task:
-    """One output tensor, checked."""
-
-    plan: TensorPlan
-    method: Method | None
-    dialect: str
-    parameters: list[dict[str, Any]]
-    shared: dict[str, Any]
-    metas: list[Meta]
-    meta: Meta  # of the output
-    file: str = ""
-
-    @property
-    def group(self) -> str:
-        """The tensors that share statistics of the whole model have one."""
-        p = self.plan
-        sources = [i.source for i in p.inputs]
-        base = None if p.base is None else p.base.source
-        return json.dumps([p.method, self.dialect, self.shared, self.parameters, sources, base])
 
 
 def run(
@@ -156,10 +87,10 @@ def run(
     sink = _core.Sink(result.out, overwrite, inputs)
     try:
         states = merger.survey(tasks)
-        shards = _shards(tasks, plan.max_shard_size)
-        with _Writer(sink) as writer:
+        parts = shards(tasks, plan.max_shard_size)
+        with Writer(sink) as writer:
             done = 0
-            for file, members in shards.items():
+            for file, members in parts.items():
                 sink.begin(
                     file, [(t.plan.name, NAMES[t.meta.dtype], list(t.meta.shape)) for t in members]
                 )
@@ -173,7 +104,7 @@ def run(
                 writer.end(file)
         if progress is not None:
             progress(done, len(tasks), "")
-        _files(sink, plan, opened, shards, result, extra_files)
+        files(sink, plan, opened, parts, result, extra_files)
         sink.publish()
     except BaseException:
         sink.discard()
@@ -194,7 +125,7 @@ def _dtype(name: str | None) -> torch.dtype | None:
     return dtype  # type: ignore[no-any-return]
 
 
-def _check(plan: Plan, tensor: TensorPlan, readers: Mapping[str, Reader]) -> _Task:
+def _check(plan: Plan, tensor: TensorPlan, readers: Mapping[str, Reader]) -> Task:
     def meta(one: Input) -> Meta:
         if one.source not in readers:
             raise FormatError(f"{tensor.name}: the plan has no source {one.source!r}")
@@ -206,7 +137,7 @@ def _check(plan: Plan, tensor: TensorPlan, readers: Mapping[str, Reader]) -> _Ta
     if tensor.method is None:
         if len(metas) != 1:
             raise FormatError(f"{tensor.name} is to be copied, but has {len(metas)} inputs")
-        return _Task(tensor, None, "", [], {}, metas, metas[0])
+        return Task(tensor, None, "", [], {}, metas, metas[0])
     method = method_named(tensor.method)
     wanted = tensor.dialect or (plan.dialect if plan.dialect in method.dialects else None)
     given = [i.parameters for i in tensor.inputs]
@@ -246,61 +177,7 @@ def _check(plan: Plan, tensor: TensorPlan, readers: Mapping[str, Reader]) -> _Ta
         raise LayoutError(
             f"{tensor.name} would be {dtype}: choose out_dtype float32, float16 or bfloat16"
         )
-    return _Task(tensor, method, dialect, parameters, shared, metas, Meta(metas[0].shape, dtype))
-
-
-def _size(meta: Meta) -> int:
-    return math.prod(meta.shape) * meta.dtype.itemsize
-
-
-def _shards(tasks: list[_Task], limit: int) -> dict[str, list[_Task]]:
-    """The files of the output and their tensors; each tensor is in the file of its turn."""
-    if limit < 1:
-        raise HyperparameterError(f"max_shard_size must be at least 1 byte, got {limit}")
-    parts: list[list[_Task]] = []
-    room = 0
-    for task in tasks:
-        if not parts or _size(task.meta) > room:
-            parts.append([])
-            room = limit
-        parts[-1].append(task)
-        room -= _size(task.meta)
-    if len(parts) == 1:
-        return {"model.safetensors": parts[0]}
-    return {f"model-{i:05}-of-{len(parts):05}.safetensors": p for i, p in enumerate(parts, 1)}
-
-
-class _Writer:
-    """Writes one piece while the next one is made, and waits for the disk beside both."""
-
-    def __init__(self, sink: "_core.Sink") -> None:
-        self.sink = sink
-        self._puts, self._ends = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
-        self._last: Future[None] | None = None
-        self._closing: list[Future[None]] = []
-
-    def put(self, file: str, name: str, offset: int, tensor: Tensor) -> None:
-        """Hands over a piece, once the one before is written."""
-        if self._last is not None:
-            self._last.result()
-        data = tensor.reshape(-1).view(torch.uint8)
-        self._last = self._puts.submit(self.sink.put, file, name, offset, data)
-
-    def end(self, file: str) -> None:
-        """Closes a file."""
-        if self._last is not None:
-            self._last.result()
-        self._closing.append(self._ends.submit(self.sink.end, file))
-
-    def __enter__(self) -> "_Writer":
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        self._puts.shutdown(wait=True, cancel_futures=kind is not None)
-        self._ends.shutdown(wait=True, cancel_futures=kind is not None)
-        if kind is None:
-            for one in self._closing:
-                one.result()
+    return Task(tensor, method, dialect, parameters, shared, metas, Meta(metas[0].shape, dtype))
 
 
 class _Merger:
@@ -310,7 +187,7 @@ class _Merger:
         self.plan, self.readers, self.max_ram, self.result = plan, readers, max_ram, result
         self.cast = _dtype(plan.dtype)
 
-    def rows(self, task: _Task) -> int:
+    def rows(self, task: Task) -> int:
         """How much of the first dimension is made at a time.
 
         Raises:
@@ -354,7 +231,7 @@ class _Merger:
         reader = self.readers[one.source]
         held = 0
         if isinstance(reader, DeltaReader):
-            held += _size(meta)
+            held += size(meta)
         elif one.tensor in getattr(reader, "_modules", {}):
             held += 2 * 4 * numel
         if self.cast is not None and meta.dtype != self.cast:
@@ -372,7 +249,7 @@ class _Merger:
             tensor = tensor.to(torch.float32)
         return tensor.contiguous()
 
-    def job(self, task: _Task, state: Any = None) -> Job:
+    def job(self, task: Task, state: Any = None) -> Job:
         """The whole tensor as a job."""
         plan = task.plan
         return Job(
@@ -381,9 +258,9 @@ class _Merger:
             task.parameters, task.shared, task.dialect, self.plan.seed, task.meta.dtype, state,
         )  # fmt: skip
 
-    def survey(self, tasks: list[_Task]) -> dict[str, Any]:
+    def survey(self, tasks: list[Task]) -> dict[str, Any]:
         """The passes over the whole model of the methods that need them; their states by group."""
-        groups: dict[str, list[_Task]] = {}
+        groups: dict[str, list[Task]] = {}
         for task in tasks:
             if task.method is not None and task.method.global_scope(task.dialect):
                 groups.setdefault(task.group, []).append(task)
@@ -409,11 +286,11 @@ class _Merger:
             states[key] = state
         return states
 
-    def make(self, task: _Task, rows: int, state: Any, writer: _Writer) -> None:
+    def make(self, task: Task, rows: int, state: Any, writer: Writer) -> None:
         """Makes one tensor and hands it to the writer."""
         plan, result = task.plan, self.result
-        result.bytes_read += sum(_size(m) for m in task.metas)
-        result.bytes_written += _size(task.meta)
+        result.bytes_read += sum(size(m) for m in task.metas)
+        result.bytes_written += size(task.meta)
         inputs = plan.inputs
         if task.parameters:
             pairs = zip(plan.inputs, task.parameters, strict=True)
@@ -439,14 +316,14 @@ class _Merger:
         if rows >= first or rows < 1:
             writer.put(task.file, plan.name, 0, _checked(task, task.method.merge(job)))
             return
-        width = _size(task.meta) // first
+        width = size(task.meta) // first
         for at in range(0, first, rows):
             piece = job.piece(at, min(at + rows, first))
             writer.put(
                 task.file, plan.name, at * width, _checked(task, task.method.merge(piece), piece)
             )
 
-    def _on_supports(self, task: _Task, report: TensorResult) -> Tensor | None:
+    def _on_supports(self, task: Task, report: TensorResult) -> Tensor | None:
         """The merge of sparse deltas of one base where any of them differs from it; None if not so."""
         base, method = task.plan.base, task.method
         if base is None or method is None or not method.fixes_base or self.cast is not None:
@@ -486,7 +363,7 @@ class _Merger:
         return out.view(task.meta.shape)
 
 
-def _checked(task: _Task, tensor: Tensor, piece: Job | None = None) -> Tensor:
+def _checked(task: Task, tensor: Tensor, piece: Job | None = None) -> Tensor:
     """Refuses what a method should not have returned: the output's header is written already."""
     shape = task.meta.shape if piece is None else tuple(piece.tensors[0].shape)
     if tensor.dtype != task.meta.dtype or tuple(tensor.shape) != shape:
@@ -495,47 +372,3 @@ def _checked(task: _Task, tensor: Tensor, piece: Job | None = None) -> Tensor:
             f"{task.meta.dtype} {list(shape)}"
         )
     return tensor.contiguous()
-
-
-def _files(
-    sink: "_core.Sink",
-    plan: Plan,
-    readers: Mapping[str, Reader],
-    shards: dict[str, list[_Task]],
-    result: Result,
-    extra_files: Extra | Callable[[Result], Extra] | None,
-) -> None:
-    """Everything beside the tensors."""
-    extra = dict((extra_files(result) if callable(extra_files) else extra_files) or {})
-    if len(shards) > 1:
-        weight_map = {t.plan.name: file for file, members in shards.items() for t in members}
-        index = {"metadata": {"total_size": result.bytes_written}, "weight_map": weight_map}
-        extra[_INDEX] = json.dumps(index, indent=2, sort_keys=True) + "\n"
-    if plan.side_files is not None:
-        folder = readers[plan.side_files].folder
-        if folder is not None:
-            config = _config(folder, shards)
-            if config is not None:
-                extra.setdefault("config.json", config)
-            sink.copy_side_files(folder, sorted(extra))
-    for name, content in extra.items():
-        if content is None:
-            continue
-        sink.write(name, content.encode() if isinstance(content, str) else content)
-
-
-def _config(folder: Path, shards: dict[str, list[_Task]]) -> str | None:
-    """The model's config with the dtype of the output; None where it needs no change."""
-    path = folder / "config.json"
-    dtypes = {t.meta.dtype for members in shards.values() for t in members if t.method is not None}
-    if not path.is_file() or len(dtypes) != 1:
-        return None
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise FormatError(f"{path}: not valid JSON ({e})") from e
-    name = ops.dtype_name(dtypes.pop())
-    keys = [k for k in ("dtype", "torch_dtype") if k in config and config[k] != name]
-    if not keys:
-        return None
-    return json.dumps(config | dict.fromkeys(keys, name), indent=2) + "\n"
