@@ -6,6 +6,7 @@ pub mod adamw;
 pub mod bits;
 pub mod chunk;
 pub mod gather;
+pub mod lion;
 mod marks;
 pub mod pack;
 mod rank;
