@@ -10,6 +10,7 @@
 //! library errs by up to one unit in the last place.
 //!
 //! `t` is either one number or one for each coordinate, which then has the bias correction of its own age.
+//! A gate closes some coordinates for one step; what becomes of their moments is a choice.
 use super::chunk::{CHUNK, Divide, check_len, each};
 use super::gather::{GRAIN, Target};
 use super::wide::{Isa, Loop, wide};
@@ -31,7 +32,26 @@ pub struct AdamW {
     pub weight_decay: f64,
     /// ascend instead of descend
     pub maximize: bool,
+    /// the step is multiplied by it, the decay is not
+    pub scale: f64,
 }
+
+/// What becomes of a closed coordinate. Its value stays, but for decay where that is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Closed {
+    /// its moments and its clock go on
+    Updated {
+        /// whether it decays
+        decay: bool,
+    },
+    /// its moments and its clock stand still
+    Frozen,
+    /// its moments and its clock start again from nothing
+    Reset,
+}
+
+/// Which coordinates move in this step: those that are not 0.
+pub type Gate<'a> = (&'a [u8], Closed);
 
 /// How many steps the coordinates have taken.
 #[derive(Debug)]
@@ -63,7 +83,7 @@ struct Bias {
 impl Bias {
     fn new(cfg: &AdamW, t: f64) -> Self {
         let (bias1, bias2) = (1.0 - cfg.beta1.powf(t), 1.0 - cfg.beta2.powf(t));
-        Bias { root_bias2: bias2.sqrt() as f32, minus_step: -(cfg.lr / bias1) as f32 }
+        Bias { root_bias2: bias2.sqrt() as f32, minus_step: -(cfg.lr / bias1 * cfg.scale) as f32 }
     }
 }
 
@@ -151,12 +171,13 @@ impl Biases {
 }
 
 /// One step of these values. `value` holds the f32 master values; `target` is the weight and the
-/// positions in it that receive them, rounded once.
+/// positions in it that receive them, rounded once. Without a `gate` all coordinates move.
 #[allow(clippy::too_many_arguments)]
 pub fn step<T: Element, P: Position>(
     threads: usize,
     cfg: &AdamW,
     clock: Clock<'_>,
+    gate: Option<Gate<'_>>,
     value: &mut [f32],
     grad: &[f32],
     m: &mut [f32],
@@ -167,6 +188,9 @@ pub fn step<T: Element, P: Position>(
     check_len("grad", grad.len(), n)?;
     check_len("exp_avg", m.len(), n)?;
     check_len("exp_avg_sq", v.len(), n)?;
+    if let Some((open, _)) = gate {
+        check_len("gate", open.len(), n)?;
+    }
     let (biases, ages) = match clock {
         Clock::Shared(0) => {
             return Err(Error::Value {
@@ -189,7 +213,7 @@ pub fn step<T: Element, P: Position>(
         }
     };
     let (f, biases) = (Factors::new(cfg), &biases);
-    let state = State { value, grad, m, v, ages, target };
+    let state = State { value, grad, m, v, ages, gate, target };
     each(threads, GRAIN, state, |state| wide(Step { f, biases, state }));
     Ok(())
 }
@@ -206,19 +230,23 @@ impl<T: Element, P: Position> Loop for Step<'_, T, P> {
     #[inline(always)]
     fn run(self, _: impl Isa) {
         let (f, mut s) = (self.f, self.state);
-        for age in s.ages.iter_mut().flat_map(|ages| ages.iter_mut()) {
-            *age += 1;
-        }
-        let rows = s.value.iter_mut().zip(s.grad).zip(s.m).zip(s.v);
-        match (self.biases, s.ages) {
-            (Biases::One(bias), _) => {
-                for (((x, g), m), v) in rows {
-                    (*x, *m, *v) = f.update(*bias, *x, *g, *m, *v);
-                }
+        if let Some((open, closed)) = s.gate {
+            s.gated(f, self.biases, open, closed);
+        } else {
+            for age in s.ages.iter_mut().flat_map(|ages| ages.iter_mut()) {
+                *age += 1;
             }
-            (biases, ages) => {
-                for ((((x, g), m), v), age) in rows.zip(ages.into_iter().flatten()) {
-                    (*x, *m, *v) = f.update(biases.at(*age), *x, *g, *m, *v);
+            let rows = s.value.iter_mut().zip(s.grad).zip(&mut *s.m).zip(&mut *s.v);
+            match (self.biases, &s.ages) {
+                (Biases::One(bias), _) => {
+                    for (((x, g), m), v) in rows {
+                        (*x, *m, *v) = f.update(*bias, *x, *g, *m, *v);
+                    }
+                }
+                (biases, ages) => {
+                    for ((((x, g), m), v), age) in rows.zip(ages.iter().flat_map(|a| a.iter())) {
+                        (*x, *m, *v) = f.update(biases.at(*age), *x, *g, *m, *v);
+                    }
                 }
             }
         }
@@ -234,7 +262,36 @@ struct State<'a, T, P> {
     m: &'a mut [f32],
     v: &'a mut [f32],
     ages: Option<&'a mut [i32]>,
+    gate: Option<Gate<'a>>,
     target: Option<Target<'a, T, P>>,
+}
+
+impl<T, P> State<'_, T, P> {
+    #[inline(always)]
+    fn gated(&mut self, f: Factors, biases: &Biases, open: &[u8], closed: Closed) {
+        let rows = self.value.iter_mut().zip(self.grad).zip(&mut *self.m).zip(&mut *self.v);
+        for (i, ((((x, g), m), v), open)) in rows.zip(open).enumerate() {
+            let open = *open != 0;
+            let mut no_clock = 0;
+            let age = self.ages.as_deref_mut().map_or(&mut no_clock, |ages| &mut ages[i]);
+            match closed {
+                Closed::Frozen if !open => continue,
+                Closed::Reset if !open => {
+                    (*m, *v, *age) = (0.0, 0.0, 0);
+                    continue;
+                }
+                _ => {}
+            }
+            *age += 1;
+            let y;
+            (y, *m, *v) = f.update(biases.at(*age), *x, *g, *m, *v);
+            if open {
+                *x = y;
+            } else if closed == (Closed::Updated { decay: true }) {
+                *x *= f.decay;
+            }
+        }
+    }
 }
 
 impl<T: Element, P: Position> Divide for State<'_, T, P> {
@@ -247,10 +304,17 @@ impl<T: Element, P: Position> Divide for State<'_, T, P> {
         let (m, n) = self.m.split_at_mut(at);
         let (v, w) = self.v.split_at_mut(at);
         let (a, b) = self.ages.map(|a| a.split_at_mut(at)).unzip();
+        let (c, d) = self
+            .gate
+            .map(|(open, closed)| {
+                let (c, d) = open.split_at(at);
+                ((c, closed), (d, closed))
+            })
+            .unzip();
         let (s, t) = self.target.map(|t| t.divide(at)).unzip();
         (
-            State { value: x, grad: g, m, v, ages: a, target: s },
-            State { value: y, grad: h, m: n, v: w, ages: b, target: t },
+            State { value: x, grad: g, m, v, ages: a, gate: c, target: s },
+            State { value: y, grad: h, m: n, v: w, ages: b, gate: d, target: t },
         )
     }
 }

@@ -2,8 +2,9 @@
 use super::threads;
 use crate::bridge::{Tensor, disjoint};
 use crate::error::{Error, Result};
-use crate::kernel::adamw::{self, AdamW, Clock};
+use crate::kernel::adamw::{self, AdamW, Clock, Closed};
 use crate::kernel::gather;
+use crate::kernel::lion::{self, Lion};
 use crate::kernel::reduce::{self, Map};
 use crate::kernel::sampled::{Product, selected_entries};
 use crate::kernel::sgd::{self, Sgd};
@@ -19,6 +20,7 @@ pub(super) fn add(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(selected_, m)?)?;
     m.add_function(wrap_pyfunction!(accumulate_, m)?)?;
     m.add_function(wrap_pyfunction!(adamw_, m)?)?;
+    m.add_function(wrap_pyfunction!(lion_, m)?)?;
     m.add_function(wrap_pyfunction!(sgd_, m)?)?;
     Ok(())
 }
@@ -220,15 +222,18 @@ macro_rules! with_target {
 }
 
 /// The number of this step, or an int32 tensor with the steps of each coordinate before it.
+/// A tensor comes first: one of a single element would pass for a number.
 #[derive(FromPyObject)]
 enum Steps {
-    Shared(u64),
     Each(Tensor),
+    Shared(u64),
 }
 
-/// One AdamW step of the compact values; the new values are rounded once into `target[index]`.
+/// One AdamW step of the compact values; the new values are rounded once into `target[index]`. Values
+/// whose `gate` (uint8) is 0 stay, but for decay if `decay_closed`; `closed` is one of updated, frozen,
+/// reset and says what becomes of their moments.
 #[pyfunction]
-#[pyo3(signature = (value, grad, exp_avg, exp_avg_sq, target, index, name, *, step, lr, beta1, beta2, eps, weight_decay, maximize=false))]
+#[pyo3(signature = (value, grad, exp_avg, exp_avg_sq, target, index, name, *, step, lr, beta1, beta2, eps, weight_decay, maximize=false, scale=1.0, gate=None, closed="updated", decay_closed=false))]
 #[allow(clippy::too_many_arguments)]
 fn adamw_(
     py: Python<'_>,
@@ -246,6 +251,10 @@ fn adamw_(
     eps: f64,
     weight_decay: f64,
     maximize: bool,
+    scale: f64,
+    gate: Option<Tensor>,
+    closed: &str,
+    decay_closed: bool,
 ) -> PyResult<()> {
     let mut target = Target::new(target, index)?;
     let mut written = vec![("value", &value), ("exp_avg", &exp_avg), ("exp_avg_sq", &exp_avg_sq)];
@@ -253,13 +262,29 @@ fn adamw_(
     if let Steps::Each(ages) = &step {
         written.push(("step", ages));
     }
+    if let Some(gate) = &gate {
+        read.push(("gate", gate));
+    }
     if let Some(target) = &target {
         written.push((&name, &target.weight));
         read.push(("index", &target.index));
     }
     disjoint(&written, &read)?;
     let threads = threads(py)?;
-    let cfg = AdamW { lr, beta1, beta2, eps, weight_decay, maximize };
+    let cfg = AdamW { lr, beta1, beta2, eps, weight_decay, maximize, scale };
+    let closed = match closed {
+        "updated" => Closed::Updated { decay: decay_closed },
+        "frozen" => Closed::Frozen,
+        "reset" => Closed::Reset,
+        other => {
+            let (rule, got) = ("one of updated, frozen, reset".to_string(), other.to_string());
+            return Err(Error::Value { name: "closed".to_string(), rule, got }.into());
+        }
+    };
+    let gate = match &gate {
+        Some(gate) => Some((gate.bytes("gate")?, closed)),
+        None => None,
+    };
     let (value, grad) = (value.f32_mut("value")?, grad.f32("grad")?);
     let (m, v) = (exp_avg.f32_mut("exp_avg")?, exp_avg_sq.f32_mut("exp_avg_sq")?);
     let clock = match &mut step {
@@ -267,7 +292,43 @@ fn adamw_(
         Steps::Each(ages) => Clock::Each(ages.i32_mut("step")?),
     };
     with_target!(target, name.as_str(), t => {
-        py.allow_threads(|| adamw::step(threads, &cfg, clock, value, grad, m, v, t))
+        py.allow_threads(|| adamw::step(threads, &cfg, clock, gate, value, grad, m, v, t))
+    })?;
+    Ok(())
+}
+
+/// One Lion step of the compact values; the new values are rounded once into `target[index]`.
+#[pyfunction]
+#[pyo3(signature = (value, grad, exp_avg, target, index, name, *, lr, beta1, beta2, weight_decay, maximize=false))]
+#[allow(clippy::too_many_arguments)]
+fn lion_(
+    py: Python<'_>,
+    mut value: Tensor,
+    grad: Tensor,
+    mut exp_avg: Tensor,
+    target: Option<Tensor>,
+    index: Option<Tensor>,
+    name: String,
+    lr: f64,
+    beta1: f64,
+    beta2: f64,
+    weight_decay: f64,
+    maximize: bool,
+) -> PyResult<()> {
+    let mut target = Target::new(target, index)?;
+    let mut written = vec![("value", &value), ("exp_avg", &exp_avg)];
+    let mut read = vec![("grad", &grad)];
+    if let Some(target) = &target {
+        written.push((&name, &target.weight));
+        read.push(("index", &target.index));
+    }
+    disjoint(&written, &read)?;
+    let threads = threads(py)?;
+    let cfg = Lion { lr, beta1, beta2, weight_decay, maximize };
+    let (value, grad) = (value.f32_mut("value")?, grad.f32("grad")?);
+    let m = exp_avg.f32_mut("exp_avg")?;
+    with_target!(target, name.as_str(), t => {
+        py.allow_threads(|| lion::step(threads, &cfg, value, grad, m, t))
     })?;
     Ok(())
 }

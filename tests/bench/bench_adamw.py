@@ -14,6 +14,7 @@ import torch
 from harness import interleave, machine, rows, table
 
 from retouch import ops
+from retouch.optim import steps
 
 LR, BETAS, EPS, DECAY = 1e-3, (0.9, 0.999), 1e-8, 0.01
 
@@ -31,7 +32,7 @@ class Ours:
         self.step += 1
         self.compact.zero_()
         ops.gather_add_(self.compact, self.grad, self.index, "w")
-        ops.adamw_(
+        steps.adamw_(
             self.value, self.compact, self.m, self.v, self.weight, self.index, "w",
             step=self.step, lr=LR, beta1=BETAS[0], beta2=BETAS[1], eps=EPS, weight_decay=DECAY,
         )  # fmt: skip

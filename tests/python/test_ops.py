@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from retouch import errors, ops
+from retouch.optim import steps
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -291,7 +292,7 @@ def test_adamw_is_torch_adamw_on_the_selected_values(dtype, maximize):
             value, m, v, target = run
 
             def update(value=value, m=m, v=v, target=target, grad=grad, step=step):
-                ops.adamw_(
+                steps.adamw_(
                     value, grad, m, v, target, index, "w",
                     step=step, lr=1e-2, beta1=0.9, beta2=0.99, eps=1e-6, weight_decay=0.1,
                     maximize=maximize,
@@ -332,7 +333,7 @@ def test_sgd_is_torch_sgd_on_the_selected_values(momentum, nesterov):
                 reference.step()
 
             def update(grad=grad, step=step, value=value, buffer=buffer, target=target):
-                ops.sgd_(
+                steps.sgd_(
                     value, grad, buffer, target, index, "w",
                     first=step == 0, **options, nesterov=nesterov,
                 )  # fmt: skip

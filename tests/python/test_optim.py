@@ -290,3 +290,76 @@ def test_amsgrad_state_is_refused():
     ours.load_state_dict(theirs.state_dict())
     with pytest.raises(HyperparameterError, match="amsgrad"):
         ours.step()
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["rust", "torch"])
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_lion_is_its_formula(native, maximize, dtype):
+    a, b = parameters((17,), (3, 5), dtype=dtype), parameters((17,), (3, 5), dtype=dtype)
+    momenta = [torch.zeros_like(p) for p in b]
+    optimizer = retouch.Lion(a, lr=0.01, betas=(0.9, 0.99), weight_decay=0.1, maximize=maximize)
+    for step in range(4):
+        set_grads(a, step)
+        a[0].grad[3] = 0
+        if native:
+            optimizer.step()
+        else:
+            with ops.force_torch():
+                optimizer.step()
+        with torch.no_grad():
+            for p, m, q in zip(b, momenta, a, strict=True):
+                g = -q.grad if maximize else q.grad
+                p.mul_(1 - 0.01 * 0.1)
+                p.add_(m.clone().mul_(0.9).add(g, alpha=1 - 0.9).sign_(), alpha=-0.01)
+                m.mul_(0.99).add_(g, alpha=1 - 0.99)
+    for p, q, m in zip(a, b, momenta, strict=True):
+        assert torch.equal(p, q) and torch.equal(optimizer.state[p]["exp_avg"], m)
+
+
+OURS = {"AdamW": retouch.AdamW, "SGD": retouch.SGD, "Lion": retouch.Lion}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_multipliers_hold_whatever_a_scheduler_writes(name):
+    a, b = parameters((9,)), parameters((9,))
+    one = OURS[name]([{"params": a, "lr_mult": 0.25, "wd_mult": 4.0}], lr=0.1, weight_decay=0.05)
+    other = OURS[name](b, lr=0.025, weight_decay=0.2)
+    schedulers = [torch.optim.lr_scheduler.ExponentialLR(o, 0.5) for o in (one, other)]
+    for step in range(3):
+        set_grads(a, step)
+        set_grads(b, step)
+        one.step()
+        other.step()
+        for scheduler in schedulers:
+            scheduler.step()
+    assert one.param_groups[0]["lr"] == 0.0125 and torch.equal(a[0], b[0])
+    with pytest.raises(HyperparameterError, match="lr_mult"):
+        OURS[name]([{"params": a, "lr_mult": -1.0}])
+
+
+@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("kind", [element_mask, mixed_mask])
+def test_decay_to_the_base(name, kind):
+    """With zero gradients the distance to the base shrinks by 1 - lr * weight_decay a step."""
+    model = net()
+    options = {"lr": 0.1, "weight_decay": 0.5, "decay": "base"}
+    optimizer = retouch.wrap(OURS[name], kind(model), model, **options)
+    slots = list(retouch.get_engine(model).slots.values())
+    for slot in slots:
+        with torch.no_grad():
+            slot.value.add_(1.0)
+        slot.write()
+        slot.value.grad = torch.zeros_like(slot.value)
+    optimizer.step()
+    for slot in slots:
+        far = slot.value.detach() - slot.base
+        torch.testing.assert_close(far, torch.full_like(far, 0.95), rtol=0, atol=1e-5)
+        assert torch.equal(slot.selection.take(slot.param), slot.value.detach())
+    p = parameters((2,))
+    plain = OURS[name](p, **options)
+    set_grads(p, 0)
+    with pytest.raises(HyperparameterError, match="parameter 0 of group 0 has no base"):
+        plain.step()
+    with pytest.raises(HyperparameterError, match="decay must be"):
+        OURS[name](p, decay="none")

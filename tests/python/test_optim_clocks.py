@@ -14,6 +14,7 @@ from training import bits, element_mask, mixed_mask, net, train
 import retouch
 from retouch import ops
 from retouch.errors import HyperparameterError, LayoutError
+from retouch.optim import steps
 
 PATHS = {"rust": contextlib.nullcontext, "torch": ops.force_torch}
 paths = pytest.mark.parametrize("path", PATHS)
@@ -47,7 +48,7 @@ def test_coordinates_that_come_and_go(path, dtype, reset, want):
         here = torch.tensor(mask, dtype=torch.bool)
         parts = [t[here] for t in (value, torch.tensor(grad, dtype=dtype), m, v, clock)]
         with PATHS[path]():
-            ops.adamw_(*parts[:4], None, None, "w", step=parts[4], **OPTIONS)
+            steps.adamw_(*parts[:4], None, None, "w", step=parts[4], **OPTIONS)
         for whole, part in zip((value, m, v, clock), (parts[0], *parts[2:]), strict=True):
             whole[here] = part
         if reset:
@@ -71,8 +72,8 @@ def test_equal_ages_are_one_clock_bit_for_bit(path, dtype, age, betas, decay, ma
     clock = torch.full((37,), age, dtype=torch.int32)
     with PATHS[path]():
         for t in range(1, 4):
-            ops.adamw_(*one, None, None, "w", step=age + t, maximize=maximize, **options)
-            ops.adamw_(*other, None, None, "w", step=clock, maximize=maximize, **options)
+            steps.adamw_(*one, None, None, "w", step=age + t, maximize=maximize, **options)
+            steps.adamw_(*other, None, None, "w", step=clock, maximize=maximize, **options)
     assert clock.eq(age + 3).all()
     for a, b in zip(one, other, strict=True):
         assert torch.equal(bits(a), bits(b))
@@ -88,14 +89,28 @@ def test_each_age_is_its_own_clock(path, dtype, spread):
     ages = choices[torch.arange(n) % len(choices)].to(torch.int32)
     got, clock = fresh(n, dtype), ages.clone()
     with PATHS[path]():
-        ops.adamw_(*got, None, None, "w", step=clock, **OPTIONS)
+        steps.adamw_(*got, None, None, "w", step=clock, **OPTIONS)
         for age in choices.tolist():
             here = ages == age
             want = [t[here] for t in fresh(n, dtype)]
-            ops.adamw_(*want, None, None, "w", step=age + 1, **OPTIONS)
+            steps.adamw_(*want, None, None, "w", step=age + 1, **OPTIONS)
             for a, b in zip(got, want, strict=True):
                 assert torch.equal(bits(a[here]), bits(b))
     assert torch.equal(clock, ages + 1)
+
+
+@paths
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_a_clock_of_one_coordinate_is_no_number(path, shape):
+    one, other = (torch.full(shape, x) for x in (1.0, 1.0))
+    m, v, n, w = (torch.zeros(shape) for _ in range(4))
+    clock = torch.zeros(shape, dtype=torch.int32)
+    with PATHS[path]():
+        for t in (1, 2):
+            grad = torch.full(shape, 0.3 * t)
+            steps.adamw_(one, grad, m, v, None, None, "w", step=clock, **OPTIONS)
+            steps.adamw_(other, grad, n, w, None, None, "w", step=t, **OPTIONS)
+    assert int(clock) == 2 and torch.equal(bits(one), bits(other))
 
 
 @paths
@@ -106,16 +121,16 @@ def test_a_late_joiner_does_not_overshoot(path):
     for shared in (False, True):
         x, m, v = torch.zeros(2), torch.tensor([1.0, 0.0]), torch.tensor([1.0, 0.0])
         clock = torch.tensor([100_000, 0], dtype=torch.int32)
-        steps = []
+        lengths = []
         for k in range(1, 101):
             before = x[1].item()
             with PATHS[path]():
                 step = 100_000 + k if shared else clock
-                ops.adamw_(x, torch.ones(2), m, v, None, None, "w", step=step, **options)
-            steps.append((before - x[1].item()) / 0.1)
-        longest[shared] = max(steps)
+                steps.adamw_(x, torch.ones(2), m, v, None, None, "w", step=step, **options)
+            lengths.append((before - x[1].item()) / 0.1)
+        longest[shared] = max(lengths)
         if shared:
-            assert steps[0] == pytest.approx(math.sqrt(10), rel=1e-3)
+            assert lengths[0] == pytest.approx(math.sqrt(10), rel=1e-3)
     assert longest[False] == pytest.approx(1.0, rel=1e-3)
     assert longest[True] == pytest.approx(6.56, rel=1e-2)
 
@@ -169,6 +184,6 @@ def test_a_clock_that_does_not_fit():
             parts, clock = fresh(3), torch.tensor([0, bad, 0], dtype=torch.int32)
             before = [t.clone() for t in (*parts, clock)]
             with path(), pytest.raises(HyperparameterError, match="2147483646"):
-                ops.adamw_(*parts, None, None, "w", step=clock, **OPTIONS)
+                steps.adamw_(*parts, None, None, "w", step=clock, **OPTIONS)
             for a, b in zip((*parts, clock), before, strict=True):
                 assert torch.equal(a, b)

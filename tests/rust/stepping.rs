@@ -4,8 +4,15 @@ use retouch::Error;
 use retouch::kernel::adamw::{self, AdamW, Clock};
 use retouch::kernel::sgd::{self, Sgd};
 
-const ADAMW: AdamW =
-    AdamW { lr: 0.1, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01, maximize: false };
+const ADAMW: AdamW = AdamW {
+    lr: 0.1,
+    beta1: 0.9,
+    beta2: 0.999,
+    eps: 1e-8,
+    weight_decay: 0.01,
+    maximize: false,
+    scale: 1.0,
+};
 const SGD: Sgd = Sgd {
     lr: 0.1,
     momentum: 0.9,
@@ -35,14 +42,14 @@ fn adamw_golden() {
     ];
     for (t, (g, want)) in (1..).zip(steps) {
         let target = Some(("w", &mut weight[..], &[0i32, 3, 5][..]));
-        adamw::step(1, &ADAMW, Clock::Shared(t), &mut x, &g, &mut m, &mut v, target).unwrap();
+        adamw::step(1, &ADAMW, Clock::Shared(t), None, &mut x, &g, &mut m, &mut v, target).unwrap();
         close(&x, &want, 5e-7);
         assert_eq!(weight, [x[0], 7.0, 7.0, x[1], 7.0, x[2]]);
     }
     // Ascending is descending along the negated gradient.
     let (mut y, mut m, mut v) = ([1.0f32, -2.0, 0.5], [0.0; 3], [0.0; 3]);
     let up = AdamW { maximize: true, ..ADAMW };
-    adamw::step(1, &up, Clock::Shared(1), &mut y, &[-0.3, 4.0, 0.0], &mut m, &mut v, NOWHERE)
+    adamw::step(1, &up, Clock::Shared(1), None, &mut y, &[-0.3, 4.0, 0.0], &mut m, &mut v, NOWHERE)
         .unwrap();
     close(&y, &steps[0].1, 5e-7);
 }
@@ -68,12 +75,12 @@ proptest! {
         beta2 in prop_oneof![Just(0.95), Just(0.999), 0.5f64..0.999],
         maximize: bool,
     ) {
-        let c = AdamW { lr, beta1, beta2, eps: 1e-8, weight_decay: wd, maximize };
+        let c = AdamW { lr, beta1, beta2, eps: 1e-8, weight_decay: wd, maximize, scale: 1.0 };
         let want = adamw_wide(&c, t, [x, g, m, v]);
         // Lengths around the widths of vectors: no element may see another path.
         let n = 37;
         let (mut xs, mut ms, mut vs) = (vec![x; n], vec![m; n], vec![v; n]);
-        adamw::step(1, &c, Clock::Shared(t), &mut xs, &vec![g; n], &mut ms, &mut vs, NOWHERE).unwrap();
+        adamw::step(1, &c, Clock::Shared(t), None, &mut xs, &vec![g; n], &mut ms, &mut vs, NOWHERE).unwrap();
         for (got, want) in [(&xs, want[0]), (&ms, want[1]), (&vs, want[2])] {
             prop_assert!(got.iter().all(|y| y.to_bits() == got[0].to_bits()));
             let scale = f64::from(x.abs().max(m.abs()).max(g.abs())).max(want.abs());
@@ -131,7 +138,7 @@ fn threads_change_nothing_and_frozen_weights_keep_their_bits() {
         for t in 1..=3 {
             let to = Some(("w", &mut w[..], &index[..]));
             let clock = if t == 2 { Clock::Each(&mut ages) } else { Clock::Shared(t) };
-            adamw::step(threads, &ADAMW, clock, &mut x, &g, &mut m, &mut v, to).unwrap();
+            adamw::step(threads, &ADAMW, clock, None, &mut x, &g, &mut m, &mut v, to).unwrap();
             let to = Some(("w", &mut w[..], &index[..]));
             sgd::step(threads, &SGD, t == 1, &mut x, &g, Some(&mut b), to).unwrap();
         }
@@ -152,26 +159,37 @@ fn threads_change_nothing_and_frozen_weights_keep_their_bits() {
 fn bad_arguments_are_refused_before_anything_is_written() {
     let mut x = [1.0f32, 2.0];
     let (mut m, mut v) = ([0.0f32; 2], [0.0f32; 2]);
-    let e = adamw::step(1, &ADAMW, Clock::Shared(0), &mut x, &[1.0; 2], &mut m, &mut v, NOWHERE);
+    let e =
+        adamw::step(1, &ADAMW, Clock::Shared(0), None, &mut x, &[1.0; 2], &mut m, &mut v, NOWHERE);
     assert!(matches!(e, Err(Error::Value { .. })));
     let early = Clock::Each(&mut [0]);
-    let e = adamw::step(1, &ADAMW, early, &mut x, &[1.0; 2], &mut m, &mut v, NOWHERE);
+    let e = adamw::step(1, &ADAMW, early, None, &mut x, &[1.0; 2], &mut m, &mut v, NOWHERE);
     assert!(matches!(e, Err(Error::Length { got: 1, want: 2, .. })));
     let mut ages = [3, i32::MAX];
     let late = Clock::Each(&mut ages);
-    let e = adamw::step(1, &ADAMW, late, &mut x, &[1.0; 2], &mut m, &mut v, NOWHERE);
+    let e = adamw::step(1, &ADAMW, late, None, &mut x, &[1.0; 2], &mut m, &mut v, NOWHERE);
     assert!(matches!(e, Err(Error::Value { .. })));
     assert_eq!(ages, [3, i32::MAX]);
-    let e = adamw::step(1, &ADAMW, Clock::Shared(1), &mut x, &[1.0; 3], &mut m, &mut v, NOWHERE);
-    assert!(matches!(e, Err(Error::Length { got: 3, want: 2, .. })));
     let e =
-        adamw::step(1, &ADAMW, Clock::Shared(1), &mut x, &[1.0; 2], &mut m[..1], &mut v, NOWHERE);
+        adamw::step(1, &ADAMW, Clock::Shared(1), None, &mut x, &[1.0; 3], &mut m, &mut v, NOWHERE);
+    assert!(matches!(e, Err(Error::Length { got: 3, want: 2, .. })));
+    let e = adamw::step(
+        1,
+        &ADAMW,
+        Clock::Shared(1),
+        None,
+        &mut x,
+        &[1.0; 2],
+        &mut m[..1],
+        &mut v,
+        NOWHERE,
+    );
     assert!(matches!(e, Err(Error::Length { got: 1, want: 2, .. })));
     for index in [&[1i32, 0][..], &[0, 9], &[0], &[-1, 0]] {
         let mut w = [5.0f32; 4];
         let to = Some(("w", &mut w[..], index));
         assert!(
-            adamw::step(1, &ADAMW, Clock::Shared(1), &mut x, &[1.0; 2], &mut m, &mut v, to)
+            adamw::step(1, &ADAMW, Clock::Shared(1), None, &mut x, &[1.0; 2], &mut m, &mut v, to)
                 .is_err()
         );
         let to = Some(("w", &mut w[..], index));

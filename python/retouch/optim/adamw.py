@@ -1,0 +1,121 @@
+"""AdamW whose step is one pass of a Rust kernel, with gates and clocks for single coordinates."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from retouch.optim import gates, steps
+from retouch.optim.base import At, Decay, Fused, at_least_zero, check_betas, like, tick
+from retouch.optim.gates import Gate
+
+
+class AdamW(Fused):
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) in one Rust pass over the selected.
+
+    `state[p]["step"]` is the count of steps as torch keeps it, a float32 scalar; or an int32 tensor
+    of `p`'s shape, a clock for each coordinate, for those that joined at different times. One that
+    starts late with empty moments then takes steps of its own age; under the shared clock its first
+    steps would be up to 6.6 times as long. `load_state_dict` leaves either kind as it is.
+
+    Args:
+        params: As in `torch.optim.AdamW`; float32 (or float64) tensors. Pass the class to
+            `retouch.wrap` to train 16-bit weights through float32 values.
+        lr: Learning rate, a number or a one-element tensor.
+        betas: Decay rates of the two moments.
+        eps: Added to the denominator.
+        weight_decay: Decoupled: weights are multiplied by `1 - lr * weight_decay`.
+        maximize: Ascend instead.
+        gate: Which of the selected coordinates move in a step, chosen anew in each: one of
+            `retouch.optim.gates`. It is kept in the group as plain data, so a state dict has it.
+        decay: "weight" decays towards 0; "base" towards what the weight held when the mask was set:
+            the value becomes `value + lr * weight_decay * (base - value)`.
+
+    Raises:
+        HyperparameterError: An option out of its range.
+    """
+
+    own_clocks = True  # state["step"] may be an int32 tensor of the value's shape
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        maximize: bool = False,
+        gate: Gate | Mapping[str, Any] | None = None,
+        decay: Decay = "weight",
+    ) -> None:
+        at_least_zero(lr=lr, eps=eps, weight_decay=weight_decay)
+        check_betas(betas)
+        defaults = {
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
+            "maximize": maximize, "gate": gates.plain(gate),
+        }  # fmt: skip
+        super().__init__(params, defaults, decay)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, as in torch; its `gate` may be an object of `retouch.optim.gates`."""
+        if param_group.get("gate") is not None:
+            param_group = {**param_group, "gate": gates.plain(param_group["gate"])}
+        super().add_param_group(param_group)
+
+    def _update(self, at: At, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        gate = gates.parse(group["gate"]) if group["gate"] is not None else None
+        adamw_step_(at, param, grad, group, self.state[param], gate)
+
+
+def adamw_step_(
+    at: At, param: Tensor, grad: Tensor, group: dict[str, Any], state: dict[str, Any],
+    gate: Gate | None = None, since: int = 0,
+) -> None:  # fmt: skip
+    """One AdamW step of one parameter, with torch's state keys.
+
+    Args:
+        at: Where it stands.
+        param: What is stepped.
+        grad: Its gradient.
+        group: With `betas`, `eps`, `maximize` and `decay`.
+        state: Of the parameter; made at its first step.
+        gate: Which coordinates move.
+        since: Steps on a shared clock that do not count, because the moments began after them.
+    """
+    if "exp_avg" not in state:
+        state.setdefault("step", torch.tensor(0.0, dtype=torch.float32))
+        state["exp_avg"], state["exp_avg_sq"] = like(param), like(param)
+    if gate is not None and gate.closes in ("frozen", "reset") and not gate.shared_clock:
+        step = state["step"]
+        if step.dtype != torch.int32:
+            state["step"] = torch.full(
+                param.shape, int(step), dtype=torch.int32, device=param.device
+            )
+    clock = tick(state, at.name, param)
+    if not isinstance(clock, Tensor):
+        clock -= since
+    beta1, beta2 = (float(beta) for beta in group["betas"])
+    opening, closed, decay_closed = gates.Opening(), "updated", False
+    if gate is not None:
+        opening = gate.choose(
+            gates.Moment(
+                at.name, -grad if group["maximize"] else grad, state,
+                clock + 1 if isinstance(clock, Tensor) else clock, beta1, beta2, group["eps"],
+            )
+        )  # fmt: skip
+        closed, decay_closed = gate.closes, gate.decays
+        if closed == "leaky":
+            if opening.open is not None:
+                grad = torch.where(opening.open, grad * opening.scale, 0.0)
+            opening, closed = gates.Opening(), "updated"
+    pulled = None if decay_closed else opening.open
+    weight_decay = at.pull_(param.detach(), group, pulled)
+    steps.adamw_(
+        param, grad, state["exp_avg"], state["exp_avg_sq"], at.target, at.index, at.name,
+        step=clock, lr=at.lr, beta1=beta1, beta2=beta2, eps=group["eps"],
+        weight_decay=weight_decay, maximize=group["maximize"], scale=opening.scale,
+        gate=opening.open, closed=closed, decay_closed=decay_closed,
+    )  # fmt: skip

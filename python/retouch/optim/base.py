@@ -1,0 +1,195 @@
+"""What the optimizers of this package share: the loop, effective rates, where values go."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+
+from retouch.errors import HyperparameterError, LayoutError
+from retouch.slots import Slot, slot_of
+
+Decay = Literal["weight", "base"]
+
+
+@dataclass
+class At:
+    """Where one parameter of a group stands, and the rates that hold for it.
+
+    Attributes:
+        name: Of the weight, or what else tells which tensor this is.
+        slot: Of a compact value; None for an ordinary tensor.
+        lr: `group["lr"] * group["lr_mult"]`.
+        weight_decay: `group["weight_decay"] * group["wd_mult"]`.
+    """
+
+    name: str
+    slot: Slot | None
+    lr: float
+    weight_decay: float
+
+    @property
+    def elements(self) -> bool:
+        """Whether this is a compact value of single coordinates."""
+        return self.slot is not None and self.slot.selection.kind == "elements"
+
+    @property
+    def target(self) -> Tensor | None:
+        """The weight that the step is to write; None where the engine does that."""
+        return self.slot.param if self.slot is not None and self.elements else None
+
+    @property
+    def index(self) -> Tensor | None:
+        """Positions in `target`."""
+        return self.slot.selection.index if self.slot is not None and self.elements else None
+
+    def base(self, value: Tensor) -> Tensor:
+        """What the weight held when the mask was set, as the value has it.
+
+        Raises:
+            HyperparameterError: This is no compact value of a wrapped model.
+        """
+        if self.slot is None:
+            raise HyperparameterError(
+                f"{self.name} has no base to decay to: decay='base' needs retouch.wrap"
+            )
+        return self.slot.base.to(value.dtype)
+
+    def pull_(self, value: Tensor, group: dict[str, Any], where: Tensor | None = None) -> float:
+        """Decoupled decay towards the base, if the group asks for it, of the coordinates `where`.
+
+        Returns:
+            The weight decay that is left for the step itself.
+        """
+        if group["decay"] != "base" or self.weight_decay == 0:
+            return self.weight_decay
+        base = self.base(value)
+        if where is None:
+            value.lerp_(base, self.lr * self.weight_decay)
+        else:
+            pulled = value.lerp(base, self.lr * self.weight_decay)
+            value.copy_(torch.where(where, pulled, value))
+        return 0.0
+
+
+class Fused(Optimizer):
+    """The loop over parameters; a subclass says how one of them steps.
+
+    Every group has `lr_mult` and `wd_mult` (1 by default), which multiply its `lr` and
+    `weight_decay` inside of the step: schedulers write `lr` and leave them alone.
+    """
+
+    # Options that torch's state dicts may bring along, and the values that mean "off".
+    _off: tuple[tuple[str, tuple[Any, ...]], ...] = (
+        ("amsgrad", (False, None)),
+        ("capturable", (False, None)),
+        ("differentiable", (False, None)),
+    )
+    _scatters = True  # whether `_update` writes the weight of a selection of elements
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any], decay: Decay = "weight") -> None:
+        super().__init__(params, {**defaults, "decay": decay, "lr_mult": 1.0, "wd_mult": 1.0})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, as in torch; checks what this package adds to it."""
+        super().add_param_group(param_group)
+        self._check(self.param_groups[-1])
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # those of a state dict of torch's class lack some
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Takes one step.
+
+        Args:
+            closure: Re-evaluates the model and returns the loss.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            for i, group in enumerate(self.param_groups):
+                self._check(group)
+                lr = float(group["lr"]) * group["lr_mult"]
+                weight_decay = group["weight_decay"] * group["wd_mult"]
+                for j, param in enumerate(group["params"]):
+                    if param.grad is None:
+                        continue
+                    slot = slot_of(param)
+                    name = slot.name if slot is not None else f"parameter {j} of group {i}"
+                    _check_tensors(name, param, param.grad)
+                    at = At(name, slot, lr, weight_decay)
+                    self._update(at, param, param.grad, group)
+                    if slot is not None and at.elements and self._scatters:
+                        slot.wrote()
+        return loss
+
+    def _check(self, group: dict[str, Any]) -> None:
+        for key, off in self._off:
+            if group.get(key) not in off:
+                raise HyperparameterError(
+                    f"{type(self).__name__} has no {key}={group[key]!r}; wrap the class of "
+                    "torch.optim instead"
+                )
+        if group["decay"] not in ("weight", "base"):
+            raise HyperparameterError(
+                f"decay must be 'weight' or 'base', got {group['decay']!r}; weight_decay=0 is none"
+            )
+        at_least_zero(lr_mult=group["lr_mult"], wd_mult=group["wd_mult"])
+
+    def _update(self, at: At, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        raise AssertionError("a subclass says how to step")
+
+
+def tick(state: dict[str, Any], name: str, param: Tensor) -> int | Tensor:
+    """The number of this step, or the steps of each coordinate before it, which `ops` counts up."""
+    clock = state["step"]
+    if isinstance(clock, Tensor) and clock.dtype == torch.int32:
+        if clock.shape != param.shape:
+            raise LayoutError(
+                f"the clock of {name} has shape {tuple(clock.shape)}, its value "
+                f"{tuple(param.shape)}"
+            )
+        state["step"] = clock = clock.to(param.device)
+        return clock
+    state["step"] += 1
+    return int(state["step"])
+
+
+def at_least_zero(**options: float | Tensor) -> None:
+    """Refuses a negative option, and NaN."""
+    for name, value in options.items():
+        if not float(value) >= 0:
+            raise HyperparameterError(f"{name} must be at least 0, got {value}")
+
+
+def _check_tensors(name: str, param: Tensor, grad: Tensor) -> None:
+    if param.dtype not in (torch.float32, torch.float64):
+        raise LayoutError(
+            f"{name} is {param.dtype}; this optimizer steps float32 and float64. Pass its class to "
+            "retouch.wrap: 16-bit weights then train through float32 values"
+        )
+    if grad.layout != torch.strided:
+        raise LayoutError(f"the gradient of {name} has layout {grad.layout}; wanted a dense one")
+
+
+def check_betas(betas: tuple[float | Tensor, float | Tensor]) -> None:
+    """Refuses what is not two decay rates in [0, 1)."""
+    if len(betas) != 2 or not all(0 <= float(beta) < 1 for beta in betas):
+        raise HyperparameterError(f"betas must be two numbers in [0, 1), got {betas}")
+
+
+def like(param: Tensor) -> Tensor:
+    """Zeros for a state of a parameter."""
+    return torch.zeros_like(param, memory_format=torch.contiguous_format)
