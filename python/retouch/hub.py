@@ -9,8 +9,12 @@ _ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 
 
-def local(source: str | os.PathLike[str]) -> str:
+def local(source: str | os.PathLike[str], revision: str | None = None) -> str:
     """A path as it is; an id of the Hub, fetched into its cache.
+
+    Args:
+        source: The path or id.
+        revision: Branch, tag or commit on the Hub; None for the newest. Paths have none.
 
     Raises:
         FileNotFoundError: There is no such file or folder and no such repository.
@@ -28,7 +32,7 @@ def local(source: str | os.PathLike[str]) -> str:
             2, "no such folder; for Hub ids `pip install 'retouch[hf]'`", text
         ) from e
     try:
-        return str(snapshot_download(text, allow_patterns=_FILES))
+        return str(snapshot_download(text, revision=revision, allow_patterns=_FILES))
     except (HfHubHTTPError, LocalEntryNotFoundError) as e:
         first = str(e).strip().splitlines()[0]
         raise FileNotFoundError(

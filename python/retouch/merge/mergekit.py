@@ -32,7 +32,7 @@ from retouch.names import close_to
 
 __all__ = ["parse", "read"]
 
-DTYPES = ("float32", "bfloat16", "float16", "float64")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def read(path: str | os.PathLike[str]) -> MergeConfig:
