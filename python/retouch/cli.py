@@ -1,4 +1,4 @@
-"""The command line: `retouch diff | show | apply | revert | verify | recipes | demo`.
+"""The command line: `retouch diff | show | apply | revert | verify | merge | recipes | demo`.
 
 File commands stream checkpoints through the Rust engine: memory holds about one tensor at a time, and
 an output appears under its name only when it is complete.
@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Callable
 from functools import wraps
-from typing import Annotated, Any, ParamSpec
+from typing import Annotated, Any, Literal, ParamSpec
 
 import typer
 
@@ -226,6 +226,66 @@ def verify(
     for name in differ[:20]:
         print(f"  {name}")
     raise typer.Exit(1)
+
+
+@app.command()
+@_reported
+def merge(
+    config: Annotated[str, typer.Argument(help="A mergekit configuration (YAML)")],
+    out: Annotated[
+        str | None,
+        typer.Option("-o", "--out", help="The new model folder; without it: only the plan"),
+    ] = None,
+    dialect: Annotated[
+        str, typer.Option(help="Variant of the method: mergekit, or paper (as published)")
+    ] = "mergekit",
+    max_ram: Annotated[
+        str | None, typer.Option(help="Memory for tensors, such as 8GB; default: no limit")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of random masks")] = 0,
+    copy_missing: Annotated[
+        bool,
+        typer.Option(
+            "--copy-missing", help="Copy tensors that some models lack; default: an error"
+        ),
+    ] = False,
+    report: Annotated[
+        bool, typer.Option(help="Compare the output with its inputs (one more pass over all)")
+    ] = True,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Merge models as a mergekit CONFIG says.
+
+    Without -o nothing is written: the parameters of every tensor are shown.
+    Exit code 0: merged, 1: merged, but the output has NaN or infinite values, 2: an error.
+    """
+    from retouch.merge import api, mergeview
+    from retouch.merge.mergekit import read
+
+    missing: Literal["copy", "error"] = "copy" if copy_missing else "error"
+    if out is None:
+        ready = api.prepare(read(config), dialect=dialect, seed=seed, missing=missing)
+        if as_json:
+            print(ready.plan.to_json())
+        else:
+            _table(*mergeview.parameters(ready))
+            print("\n".join(f"note: {note}" for note in ready.plan.notes))
+        return
+    with mergeview.bar() as progress:
+        made = api.merge(
+            config, out, dialect=dialect, seed=seed, max_ram=mergeview.size(max_ram), missing=missing,
+            overwrite=overwrite, report=report, progress=progress,
+        )  # fmt: skip
+    if as_json:
+        found = None if made.report is None else made.report.to_dict()
+        print(json.dumps(made.result.to_dict() | {"report": found}, indent=1, sort_keys=True))
+    else:
+        if (moved := mergeview.changes(made)) is not None:
+            _table(*moved)
+        print("\n".join(mergeview.summary(made)))
+    if made.report is not None and any(row.bad for row in made.report.tensors):
+        raise typer.Exit(1)
 
 
 @app.command()
