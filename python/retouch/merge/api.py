@@ -120,6 +120,7 @@ def merge(
         FileNotFoundError: There is no such model.
         RetouchError: See `retouch.merge.engine.run`.
     """
+    chosen: str | None
     if isinstance(config, Mapping):
         document, chosen = parse(config), dialect or "mergekit"
     elif isinstance(config, str | os.PathLike):

@@ -534,7 +534,7 @@ def _config(folder: Path, shards: dict[str, list[_Task]]) -> str | None:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as e:
         raise FormatError(f"{path}: not valid JSON ({e})") from e
-    name = ops.dtype_name(dtypes.pop())
+    name = str(dtypes.pop()).removeprefix("torch.")
     keys = [k for k in ("dtype", "torch_dtype") if k in config and config[k] != name]
     if not keys:
         return None
