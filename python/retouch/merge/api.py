@@ -120,9 +120,9 @@ def merge(
         FileNotFoundError: There is no such model.
         RetouchError: See `retouch.merge.engine.run`.
     """
+    chosen: str | None
     if isinstance(config, Mapping):
-        document = parse(config)
-        chosen: str | None = dialect or "mergekit"
+        document, chosen = parse(config), dialect or "mergekit"
     elif isinstance(config, str | os.PathLike):
         document, chosen = read(config), dialect or "mergekit"
     else:

@@ -209,10 +209,7 @@ class _Walk:
             return self.copy(name, models[0], "integers are not merged", held[0])
         base_model = piece.base_model or self.config.base_model
         base, inputs, given = None, [], []
-        pairs = list(zip(piece.sources, held, strict=True))
-        if self.method.base == "none":  # slerp goes from the base to the other
-            pairs.sort(key=lambda pair: pair[0].model != base_model)
-        for source, tensor in pairs:
+        for source, tensor in zip(piece.sources, held, strict=True):
             if source.model == base_model and self.method.base != "none":
                 base = Input(str(source.model), tensor)
                 continue
