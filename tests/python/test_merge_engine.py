@@ -25,7 +25,7 @@ from retouch.errors import (
     ScoreError,
     ShapeError,
 )
-from retouch.merge import Plan, build, open_sources, run
+from retouch.merge import Plan, build, method_named, open_sources, run
 
 METHODS = {
     "linear": {"weight": 0.5},
@@ -100,7 +100,7 @@ def files(folder):
 def test_same_bytes_whatever_threads_shards_order_and_memory(
     checkpoints, tmp_path, method, dialect
 ):
-    if dialect not in retouch.merge.method_named(method).dialects:
+    if dialect not in method_named(method).dialects:
         pytest.skip("no such dialect")
     one = plan_of(checkpoints / "one", method, dialect=dialect)
     torch.set_num_threads(1)
