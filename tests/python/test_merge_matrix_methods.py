@@ -7,10 +7,12 @@ import torch
 from deltas import llama
 from safetensors.torch import load_file, save_file
 
-from retouch import Delta, errors, merge
+from retouch import Delta, errors
 from retouch.compress import Quantise
 from retouch.merge import matrix, trajectory
-from retouch.merge.base import Job, method_named
+from retouch.merge.base import Job, method_named, method_names
+from retouch.merge.build import build
+from retouch.merge.engine import run as run_plan
 
 DELTA_A = torch.tensor([0.5, -0.25, 0, 1, -0.125, 0.25])
 DELTA_B = torch.tensor([0.25, 0.5, -0.5, -0.25, -0.125, 0])
@@ -211,7 +213,7 @@ def test_nan_names_the_tensor(name):
 
 
 def test_all_are_registered():
-    names = set(merge.method_names())
+    names = set(method_names())
     assert names >= {
         "tsv", "iso_c", "iso_cts", "knots", "wudi", "opcm", "twin", "fisher", "regmean", "relex",
         "alpharl", "rank", "dare_share", "bitdelta",
@@ -250,14 +252,14 @@ GIVEN = {
 @pytest.mark.parametrize("name", GIVEN)
 def test_merged_checkpoints_are_models(name, tmp_path):
     base, *models = llamas(tmp_path)
-    plan = merge.build(name, models, base=base, **GIVEN[name])
-    merge.run(plan, tmp_path / "out")
+    plan = build(name, models, base=base, **GIVEN[name])
+    run_plan(plan, tmp_path / "out")
     merged = type(llama()).from_pretrained(tmp_path / "out").state_dict()
     start, one = (type(llama()).from_pretrained(p).state_dict() for p in (base, models[0]))
     key = "model.layers.0.self_attn.q_proj.weight"
     assert bool(merged[key].isfinite().all())
     assert not torch.equal(merged[key], start[key]) and not torch.equal(merged[key], one[key])
-    merge.run(plan, tmp_path / "again")
+    run_plan(plan, tmp_path / "again")
     a, b = (tmp_path / d / "model.safetensors" for d in ("out", "again"))
     assert a.read_bytes() == b.read_bytes()
 
@@ -266,10 +268,10 @@ def test_compressed_deltas_are_merged_as_what_they_stand_for(tmp_path):
     base, model, _, _ = llamas(tmp_path)
     delta = Delta.between(base, model).compress(Quantise(4))
     delta.save_pretrained(tmp_path / "d")
-    merge.run(merge.build("iso_c", [str(tmp_path / "d")], base=base), tmp_path / "out")
+    run_plan(build("iso_c", [str(tmp_path / "d")], base=base), tmp_path / "out")
     whole = type(llama()).from_pretrained(base)
     delta.apply_(whole)
     whole.save_pretrained(tmp_path / "whole")
-    merge.run(merge.build("iso_c", [str(tmp_path / "whole")], base=base), tmp_path / "want")
+    run_plan(build("iso_c", [str(tmp_path / "whole")], base=base), tmp_path / "want")
     a, b = (load_file(tmp_path / d / "model.safetensors") for d in ("out", "want"))
     assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
