@@ -147,8 +147,9 @@ mod x86 {
 
 #[cfg(test)]
 mod tests {
-    use crate::kernel::adamw::{self, AdamW};
+    use crate::kernel::adamw::{self, AdamW, Clock, Closed};
     use crate::kernel::gather::{gather, scatter};
+    use crate::kernel::lion::{self, Lion};
     use crate::kernel::reduce::{Map, accumulate};
     use crate::kernel::rng::uniform;
     use crate::kernel::select::{Order, threshold, topk, topk_rows};
@@ -181,9 +182,21 @@ mod tests {
         let mut weight: Vec<T> = x.iter().map(|x| T::from_f32(*x)).collect();
         let index: Vec<i32> = (0..n as i32).map(|i| 5 * i + i % 3).collect();
         let (lr, weight_decay, maximize) = (1e-2, 0.1, false);
-        let c = AdamW { lr, beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay, maximize };
+        let (beta1, beta2) = (0.9, 0.99);
+        let c = AdamW { lr, beta1, beta2, eps: 1e-8, weight_decay, maximize, scale: 1.5 };
+        let open: Vec<u8> = (0..n).map(|i| u8::from(i % 5 < 3)).collect();
+        let mut ages: Vec<i32> = (0..n as i32).map(|i| i % 9).collect();
+        let closed = [None, Some(Closed::Updated { decay: true }), Some(Closed::Frozen)];
+        for closed in closed.into_iter().chain([Some(Closed::Reset)]) {
+            let gate = closed.map(|closed| (&open[..], closed));
+            let (to, g) = (Some(("w", &mut weight[..], &index[..])), &x[3..n + 3]);
+            adamw::step(2, &c, Clock::Shared(3), gate, &mut value, g, &mut m, &mut v, to).unwrap();
+            let (to, clock) = (Some(("w", &mut weight[..], &index[..])), Clock::Each(&mut ages));
+            adamw::step(2, &c, clock, gate, &mut value, g, &mut m, &mut v, to).unwrap();
+        }
+        let c = Lion { lr, beta1, beta2, weight_decay, maximize };
         let to = Some(("w", &mut weight[..], &index[..]));
-        adamw::step(2, &c, 3, &mut value, &x[3..n + 3], &mut m, &mut v, to).unwrap();
+        lion::step(2, &c, &mut value, &x[5..n + 5], &mut m, to).unwrap();
         let c = Sgd { lr, momentum: 0.9, dampening: 0.1, weight_decay, nesterov: true, maximize };
         let to = Some(("w", &mut weight[..], &index[..]));
         sgd::step(2, &c, false, &mut value, &x[4..n + 4], Some(&mut m), to).unwrap();

@@ -1,7 +1,8 @@
 use half::bf16;
 use proptest::prelude::*;
 use retouch::Error;
-use retouch::kernel::adamw::{self, AdamW, Clock};
+use retouch::kernel::adamw::{self, AdamW, Clock, Closed};
+use retouch::kernel::lion::{self, Lion};
 use retouch::kernel::sgd::{self, Sgd};
 
 const ADAMW: AdamW = AdamW {
@@ -118,6 +119,39 @@ proptest! {
     }
 }
 
+#[test]
+fn a_gate_closes_some() {
+    let open = [1u8, 0, 1];
+    for closed in [Closed::Updated { decay: false }, Closed::Frozen, Closed::Reset] {
+        let (mut x, mut m, mut v) = ([1.0f32, -2.0, 0.5], [0.5f32; 3], [0.25f32; 3]);
+        let (mut y, mut a, mut b, mut ages) = (x, m, v, [4i32; 3]);
+        let gate = Some((&open[..], closed));
+        let (g, clock) = ([0.3, -4.0, 0.2], Clock::Each(&mut ages));
+        adamw::step(1, &ADAMW, clock, gate, &mut x, &g, &mut m, &mut v, NOWHERE).unwrap();
+        let all = Clock::Shared(5);
+        adamw::step(1, &ADAMW, all, None, &mut y, &g, &mut a, &mut b, NOWHERE).unwrap();
+        assert_eq!(bits(&x), bits(&[y[0], -2.0, y[2]]));
+        let want = match closed {
+            Closed::Updated { .. } => (a[1], b[1], 5),
+            Closed::Frozen => (0.5, 0.25, 4),
+            Closed::Reset => (0.0, 0.0, 0),
+        };
+        assert_eq!((m[1], v[1], ages[1]), want);
+        assert_eq!((bits(&[m[0], v[2]]), ages[0]), (bits(&[a[0], b[2]]), 5));
+    }
+}
+
+#[test]
+fn lion_goes_against_the_sign() {
+    let c = Lion { lr: 0.1, beta1: 0.9, beta2: 0.99, weight_decay: 0.5, maximize: false };
+    let (mut x, mut m) = ([1.0f32, -2.0, 0.5, 4.0], [0.0f32, 1.0, -1.0, 0.0]);
+    lion::step(1, &c, &mut x, &[0.3, -4.0, 2.0, 0.0], &mut m, NOWHERE).unwrap();
+    // β1 m + (1 − β1) g = .03, .5, −.7, 0
+    close(&x, &[0.85, -2.0, 0.575, 3.8], 1e-6);
+    close(&m, &[0.003, 0.95, -0.97, 0.0], 1e-6);
+    assert!(lion::step(1, &c, &mut x, &[1.0; 3], &mut m, NOWHERE).is_err());
+}
+
 fn many(n: usize) -> (Vec<f32>, Vec<f32>, Vec<i32>, Vec<bf16>) {
     let x = (0..n).map(|i| (i as f32).sin()).collect();
     let g = (0..n).map(|i| (i as f32 * 0.7).cos()).collect();
@@ -164,6 +198,10 @@ fn bad_arguments_are_refused_before_anything_is_written() {
     assert!(matches!(e, Err(Error::Value { .. })));
     let early = Clock::Each(&mut [0]);
     let e = adamw::step(1, &ADAMW, early, None, &mut x, &[1.0; 2], &mut m, &mut v, NOWHERE);
+    assert!(matches!(e, Err(Error::Length { got: 1, want: 2, .. })));
+    let gate = Some((&[1u8][..], Closed::Frozen));
+    let t = Clock::Shared(1);
+    let e = adamw::step(1, &ADAMW, t, gate, &mut x, &[1.0; 2], &mut m, &mut v, NOWHERE);
     assert!(matches!(e, Err(Error::Length { got: 1, want: 2, .. })));
     let mut ages = [3, i32::MAX];
     let late = Clock::Each(&mut ages);
