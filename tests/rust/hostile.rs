@@ -142,7 +142,7 @@ fn descriptions_are_not_trusted() {
     };
     for (pointer, value, why) in [
         ("/format", json!("other"), "not a delta"),
-        ("/format_version", json!(2), "format_version is 2"),
+        ("/format_version", json!(3), "format_version is 3"),
         ("/format_version", json!("1"), "format_version"),
         ("/tensors", json!(7), "\"tensors\" is missing"),
         ("/tensors/dense/kind", json!("ternary"), "dense"),
