@@ -20,6 +20,7 @@ class Collected:
     clipping.
 
     Args:
+        params: The parameters by name.
         maps: Of "id", "abs" and "square", which sums will be asked for.
 
     Attributes:
@@ -27,8 +28,9 @@ class Collected:
         sums: Float32 sums by map and parameter.
     """
 
-    def __init__(self, maps: Iterable[str] = ("id",)) -> None:
+    def __init__(self, params: Mapping[str, Tensor], maps: Iterable[str] = ("id",)) -> None:
         self.steps = 0
+        self._params = dict(params)
         self.sums: dict[str, dict[str, Tensor]] = {m: {} for m in sorted(set(maps))}
         self._step: dict[str, Tensor] = {}
 
@@ -44,16 +46,22 @@ class Collected:
         ops.accumulate_(self._step[name], grad.detach(), name)
 
     def step_done(self, processes: int) -> None:
-        """Closes a step: the gradients that were added become one unit."""
-        for name in sorted(self._step):
-            grad = self._step[name]
-            if processes > 1:
+        """Closes a step: the gradients that were added become one unit.
+
+        A step with a gradient that is not finite, as `GradScaler` skips them, is left out.
+        """
+        step, self._step = self._step, {}
+        if processes > 1:
+            for name, param in self._params.items():  # of layers that this process did not use too
+                grad = step.setdefault(name, _zeros(param))
                 dist.all_reduce(grad.div_(processes))
+        if not all(bool(torch.isfinite(grad).all()) for grad in step.values()):
+            return
+        for name, grad in step.items():
             for map_, sums in self.sums.items():
                 if name not in sums:
                     sums[name] = _zeros(grad)
                 ops.accumulate_(sums[name], grad, name, map=map_)
-        self._step = {}
         self.steps += 1
 
     def sum(self, map_: str, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -63,7 +71,10 @@ class Collected:
             ScoreError: Nothing has been collected.
         """
         if not self.steps:
-            raise ScoreError("no training step has been collected yet")
+            raise ScoreError(
+                "no training step with finite gradients has been collected for the score: are the "
+                "gradients NaN or infinite, or did the optimizer step without a backward pass?"
+            )
         have = self.sums[map_]
         return {n: have[n].clone() if n in have else _zeros(p) for n, p in like.items()}
 

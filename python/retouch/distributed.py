@@ -118,7 +118,10 @@ class Reducer:
     def _reduce(self) -> None:
         self._queued = False
         engine = self._engine()
-        if engine is None or not engine.slots:
+        if engine is None:
+            return
+        if not engine.slots:  # nothing moves yet, gradients are only being collected
+            self.done, self.sent = True, 0
             return
         if not self._agreed:
             self._agree(engine)

@@ -81,7 +81,7 @@ class Mover:
                 )
             if self.schedule.state == "seeded":
                 maps |= {"id", "square"}
-            self._collected = Collected(maps)
+            self._collected = Collected({n: c.param for n, c in self._masked.items()}, maps)
         if self.schedule.now and processes() > 1:
             raise EngineError(
                 "Schedule(now=True) selects by gradients that are not yet averaged over the "
@@ -101,6 +101,12 @@ class Mover:
         else:
             self._engine.move(self._next.initial(s.initial))
         self._look()
+        if not self._engine.slots and not self._open:
+            raise HyperparameterError(
+                f"Schedule: with start={s.start} and initial={s.initial!r} nothing is trained before "
+                "the first selection, and no gradient collected: set initial='all' or 'random', "
+                "train something whole (modules_to_save), or start with less"
+            )
 
     def before_step(self) -> None:
         """Called when all gradients of a step are there, before the optimizer takes it."""
@@ -163,7 +169,7 @@ class Mover:
             if first or s.change != "freeze":
                 mask = self._next.mask(number, self._collected)
             else:
-                mask = self._next.thawed(self.steps)
+                mask = self._next.thawed()
         if s.rewind == "all":
             engine.rewind()
         elif s.rewind == "dropped" and old is not None:

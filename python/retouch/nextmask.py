@@ -160,7 +160,7 @@ class NextMask:
         pinned = _Pinned(score, first, last, sign)
         return self._select(dataclasses.replace(config, score=pinned), collected)
 
-    def thawed(self, steps: int) -> Mask:
+    def thawed(self) -> Mask:
         """The present mask without the tensors whose signal is below the threshold."""
         s, engine = self._schedule, self._engine
         assert s.threshold is not None

@@ -66,8 +66,9 @@ class Schedule:
         0,
     )
     now: bool = _help(
-        "Select by the gradient of the very step that is being taken, before it is taken; gradient "
-        "clipping then sees dense gradients. Only with collect=1, in one process.",
+        "Select by the gradient of the very step that is being taken, before it is taken. Until then "
+        "dense gradients stay with the weights: clipping sees them, model.zero_grad() clears them and "
+        "optimizer.zero_grad() does not. Only with collect=1, in one process, without a GradScaler.",
         False,
     )
     initial: Literal["none", "all", "random"] = _help(

@@ -87,6 +87,62 @@ class Counter:
         dist.all_reduce = self._plain
 
 
+def moving(collect):
+    """A mask that moves: by gradients of the training, and at random."""
+    model = net()
+    config = retouch.SelectConfig(
+        **({"score": "gradient"} if collect else {"direction": "random"}), density=0.1,
+        target_modules=["up", "down"],
+        schedule=retouch.Schedule(every=2, collect=2 if collect else 0),
+    )  # fmt: skip
+    optimizer = retouch.wrap(retouch.AdamW, config, model, lr=1e-2, weight_decay=0.1)
+    engine = retouch.get_engine(model)
+    forward = DistributedDataParallel(model) if dist.is_initialized() else model
+    masks = []
+    for step in range(6):
+        for i in range(2):
+            free = (
+                forward.no_sync() if dist.is_initialized() and i == 0 else warnings.catch_warnings()
+            )
+            with free:
+                (loss_of(forward(share(rows(step, i)))) / 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        masks.append({n: slot.selection.flat() for n, slot in engine.slots.items()})
+    retouch.verify_untouched(model)
+    weights = {n: p.detach() for n, p in model.named_parameters() if not n.startswith("_retouch.")}
+    return {"weights": weights, "masks": masks}
+
+
+def collected_unused():
+    """Gradients are collected of layers that one process alone uses."""
+
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.ModuleList(nn.Linear(4, 4, bias=False) for _ in range(2))
+
+        def forward(self, x):
+            return self.experts[dist.get_rank()](x)
+
+    torch.manual_seed(0)
+    model = Experts()
+    config = retouch.SelectConfig(
+        score="gradient", k=2, scope="tensor", target_modules=["experts"], heads="masked",
+        schedule=retouch.Schedule(every=2, collect=1),
+    )  # fmt: skip
+    optimizer = retouch.wrap(retouch.AdamW, config, model, lr=1e-2)
+    forward = DistributedDataParallel(model)
+    for step in range(3):
+        x = torch.randn(3, 4, generator=torch.Generator().manual_seed(7 * step + dist.get_rank()))
+        forward(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    slots = retouch.get_engine(model).slots
+    return {"masks": {n: slot.selection.flat() for n, slot in slots.items()},
+            "weights": {n: slots[n].param.detach() for n in slots}}  # fmt: skip
+
+
 def unused_layers():
     """Each process uses another expert, and both the router."""
 
@@ -232,6 +288,9 @@ def main():
         "llama": lambda: train("sampled", kind="llama", find_unused_parameters=True),
         "static": lambda: train("sampled", static_graph=True),
         "unused": unused_layers,
+        "moving": lambda: moving(collect=True),
+        "moving-random": lambda: moving(collect=False),
+        "moving-unused": collected_unused,
         "refusals": refusals,
         "shared": shared_mask,
         "trainer-sampled": lambda: trainer(folder, "sampled"),

@@ -12,7 +12,7 @@ from training import assert_same
 HERE = Path(__file__).parent
 RUNS = [
     "sampled", "dense", "accumulated", "accumulated-dense", "llama", "static", "unused",
-    "refusals", "shared",
+    "refusals", "shared", "moving", "moving-random", "moving-unused",
 ]  # fmt: skip
 TRAINER = ["trainer-sampled", "trainer-dense"]
 ALONE = ["sampled", "dense", "accumulated", "accumulated-dense", "llama"]
@@ -68,6 +68,29 @@ def test_two_processes_train_what_one_does(name, one, two):
     for n, want in one[name]["weights"].items():
         # Adam divides by the size of a gradient, however small: where it is noise, so is the step
         assert ((first["weights"][n] - want).abs() > 1e-4).float().mean() < 0.01, n
+
+
+@pytest.mark.parametrize("name", ["moving", "moving-random"])
+def test_a_mask_moves_alike_in_all_processes(name, two):
+    import ddp_runs
+
+    first, second = two[name]
+    alone = ddp_runs.moving(collect=name == "moving")
+    assert_same(first["weights"], second["weights"])
+    for mine, other, want in zip(first["masks"], second["masks"], alone["masks"], strict=True):
+        assert mine.keys() == other.keys() == want.keys()
+        assert all(torch.equal(mine[n], other[n]) and torch.equal(mine[n], want[n]) for n in want)
+    assert len({str(masks) for masks in alone["masks"]}) > 2
+    for n, want in alone["weights"].items():
+        assert ((first["weights"][n] - want).abs() > 1e-4).float().mean() < 0.01, n
+
+
+def test_gradients_of_layers_that_one_process_uses_are_collected(two):
+    first, second = two["moving-unused"]
+    assert_same(first["weights"], second["weights"])
+    assert first["masks"].keys() == {"experts.0.weight", "experts.1.weight"}
+    for n, mask in first["masks"].items():
+        assert torch.equal(mask, second["masks"][n]) and mask.numel() == 2
 
 
 def test_a_static_graph_is_no_other_run(two):

@@ -13,7 +13,7 @@ import retouch
 from retouch import Schedule, SelectConfig
 from retouch.eligible import candidates
 from retouch.engine import get_engine, verify_untouched, wrap
-from retouch.errors import EngineError, HyperparameterError
+from retouch.errors import EngineError, HyperparameterError, ScoreError
 from retouch.masks import Mask, Selection
 
 # Three steps over three coordinates (optimizers.md 0.2), float64.
@@ -355,6 +355,41 @@ def test_freezing_stops_when_all_is_frozen():
     optimizer.step()
     assert not engine.slots and engine.mover.finished
     assert not optimizer.state
+
+
+def test_steps_that_overflow_are_not_collected():
+    found = []
+    for poison in (False, True):
+        model, optimizer = started("collected")
+        engine = get_engine(model)
+        for step in range(3):
+            if poison and step == 0:
+                loss_of(model, batch(5)).backward(torch.tensor(float("inf")))
+                engine.mover.before_step()  # of a step that is then skipped
+                model.zero_grad()
+            train(model, optimizer, [step])
+        found.append(dict(engine.mask))
+    assert found[0] == found[1]
+    model, optimizer = started("collected")
+    for _ in range(2):
+        loss_of(model, batch(0)).backward(torch.tensor(float("nan")))
+        if _:
+            with pytest.raises(ScoreError, match="finite"):
+                optimizer.step()
+        else:
+            optimizer.step()
+
+
+def test_a_start_in_which_nothing_trains_is_an_error():
+    late = SelectConfig(score="gradient", density=0.1, schedule=Schedule(start=5, collect=2))
+    with pytest.raises(HyperparameterError, match=r"nothing is trained .* initial='all'"):
+        wrap(retouch.AdamW, late, net(), lr=0.1)
+    wrap(
+        retouch.AdamW,
+        config(Schedule(start=5, collect=2, initial="all"), score="gradient", density=0.1),
+        net(),
+        lr=0.1,
+    )
 
 
 def test_epochs():
