@@ -4,6 +4,7 @@ Whatever these methods compute lies in the span of their inputs, so float64 dot 
 all that is needed to find the coefficients.
 """
 
+from abc import abstractmethod
 from dataclasses import replace
 from typing import ClassVar
 
@@ -45,9 +46,9 @@ class _Span(Method):
     pieces = True
     dialects: ClassVar[tuple[str, ...]] = ("mergekit",)
 
+    @abstractmethod
     def coefficients(self, job: Job, gram: Tensor) -> Tensor:
         """For dot products [..., models, models] the coefficients [..., models]; float64."""
-        raise NotImplementedError
 
     def by_rows(self, job: Job) -> bool:
         """Whether each row (last dimension) has coefficients of its own."""
