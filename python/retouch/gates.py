@@ -26,14 +26,12 @@ its gradient hands it on to the gate and the change. So models need no change, t
 checkpointing are ordinary cases, and `state_dict()` has the model's own keys.
 """
 
-import math
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, Protocol, get_args
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retouch import ops
@@ -41,6 +39,7 @@ from retouch.batches import Batches, to_device
 from retouch.config import SelectConfig, resolve
 from retouch.eligible import PLACE, Candidate, candidates
 from retouch.errors import EngineError, HyperparameterError, ScoreError
+from retouch.gaterules import RULES, HardConcrete, Rule, StraightThrough
 from retouch.masks import Mask
 from retouch.names import register_score
 from retouch.passes import Eligible, LossFn, kept, loss_of, undisturbed
@@ -50,121 +49,6 @@ from retouch.select import select
 __all__ = ["Gates", "HardConcrete", "LearnedGates", "Rule", "StraightThrough", "install"]
 
 Unit = Literal["element", "row", "column", "tensor", "layer"]
-
-
-# --- what a gate computes ----------------------------------------------------------------------------
-
-
-class Rule(Protocol):
-    """How the trained number of a gate becomes the factor z."""
-
-    @property
-    def init(self) -> float:
-        """What the number starts from."""
-
-    @property
-    def noisy(self) -> bool:
-        """Whether z is drawn in training."""
-
-    def gate(self, value: Tensor, noise: Tensor | None) -> Tensor:
-        """z, differentiable; without noise the one that evaluation takes."""
-
-    def cost(self, value: Tensor) -> Tensor:
-        """What each gate adds to the penalty, differentiable."""
-
-    def open(self, value: Tensor) -> Tensor:
-        """The probability that z is not 0."""
-
-    def rank(self, values: Sequence[Tensor]) -> Tensor:
-        """A score of a product of gates: larger = more surely open."""
-
-
-@dataclass(frozen=True)
-class StraightThrough:
-    """z = 1 where s >= threshold, else 0; the gradient of s is that of z = s.
-
-    TAPS (arXiv 2203.16708). So a closed gate still sees <change, gradient> and can open again, while the
-    change behind it gets no gradient. The penalty of a gate is |s|.
-
-    Attributes:
-        threshold: From which s on a gate is open.
-        init: What s starts from.
-        hard: False: z = s, without a step, as the released code does it in the MLPs of vision
-            transformers.
-    """
-
-    threshold: float = 0.1
-    init: float = 0.15
-    hard: bool = True
-    noisy: bool = field(default=False, init=False, repr=False)
-
-    def gate(self, value: Tensor, noise: Tensor | None) -> Tensor:
-        """See `Rule`."""
-        # the difference is 0 and carries the gradient: z is exactly 0 or 1
-        return self.open(value) + (value - value.detach()) if self.hard else value
-
-    def cost(self, value: Tensor) -> Tensor:
-        """See `Rule`."""
-        return value.abs()
-
-    def open(self, value: Tensor) -> Tensor:
-        """See `Rule`."""
-        return (value.detach() >= self.threshold).to(value.dtype)
-
-    def rank(self, values: Sequence[Tensor]) -> Tensor:
-        """The smallest s: all are open where it reaches the threshold."""
-        least = values[0]
-        for value in values[1:]:
-            least = torch.minimum(least, value)
-        return least
-
-
-@dataclass(frozen=True)
-class HardConcrete:
-    """z = clip(s (high - low) + low, 0, 1) with s = sigmoid(logit(u) + alpha) and u uniform in (0, 1).
-
-    Diff pruning (arXiv 2012.07463). In evaluation s = sigmoid(alpha). The penalty of a gate is the
-    probability that it is open, sigmoid(alpha - log(-low / high)).
-
-    Attributes:
-        low: Lower end of the stretched interval, < 0.
-        high: Its upper end, > 0.
-        init: What alpha starts from.
-    """
-
-    low: float = -1.5
-    high: float = 1.5
-    init: float = 5.0
-    noisy: bool = field(default=True, init=False, repr=False)
-
-    def gate(self, value: Tensor, noise: Tensor | None) -> Tensor:
-        """See `Rule`."""
-        if noise is not None:
-            value = value + torch.logit(noise, eps=1e-4)
-        return (value.sigmoid() * (self.high - self.low) + self.low).clamp(0.0, 1.0)
-
-    def cost(self, value: Tensor) -> Tensor:
-        """See `Rule`."""
-        return (value - math.log(-self.low / self.high)).sigmoid()
-
-    def open(self, value: Tensor) -> Tensor:
-        """See `Rule`."""
-        return self.cost(value.detach())
-
-    def rank(self, values: Sequence[Tensor]) -> Tensor:
-        """The log of the probability that all are open."""
-        shift = math.log(-self.low / self.high)
-        total = F.logsigmoid(values[0] - shift)
-        for value in values[1:]:
-            total = total + F.logsigmoid(value - shift)
-        return total
-
-
-_RULES: dict[str, Rule] = {
-    "straight_through": StraightThrough(),
-    "raw": StraightThrough(hard=False),
-    "hard_concrete": HardConcrete(),
-}
 
 
 # --- the score ---------------------------------------------------------------------------------------
@@ -218,7 +102,7 @@ class LearnedGates(Score):
     def __post_init__(self) -> None:
         units = (self.units,) if isinstance(self.units, str) else tuple(self.units)
         for name, got, known in (
-            ("gate", (self.gate,), tuple(_RULES)), ("units", units, get_args(Unit)),
+            ("gate", (self.gate,), tuple(RULES)), ("units", units, get_args(Unit)),
             ("by", (self.by,), ("gate", "change")),
             ("optimizer", (self.optimizer,), ("sgd", "adamw")),
         ):  # fmt: skip
@@ -364,7 +248,7 @@ class Gates(nn.Module):
         hooks = [getattr(h, "__self__", None) for h in model._forward_pre_hooks.values()]
         if any(isinstance(owner, Gates) for owner in hooks):
             raise EngineError(f"{type(model).__name__} has gates already: remove() them first")
-        self.rule = _RULES[options.gate]
+        self.rule = RULES[options.gate]
         self.options = options
         self._model = weakref.ref(model)
         self._config = config
