@@ -161,7 +161,7 @@ class Binding:
             slot.collect()  # a gradient that was set by hand
             if slot.is_stale():  # written by load_state_dict, a delta or the user
                 slot.sync()
-        self._dry_run = _is_dry_run(optimizer)
+        self._dry_run = is_dry_run(optimizer)
         if not self._dry_run:
             self._engine.check_reduced()
             if self._engine.mover is not None:
@@ -346,7 +346,7 @@ def _refuse(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any])
     )
 
 
-def _is_dry_run(optimizer: Optimizer) -> bool:
+def is_dry_run(optimizer: Optimizer) -> bool:
     """Whether torch.distributed.checkpoint takes this step, to have the state made."""
     if optimizer.state or any(float(g.get("lr", 1.0)) != 0 for g in optimizer.param_groups):
         return False

@@ -122,6 +122,7 @@ class Fused(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with torch.no_grad():
+            self._begin()
             for i, group in enumerate(self.param_groups):
                 self._check(group)
                 lr = float(group["lr"]) * group["lr_mult"]
@@ -139,6 +140,9 @@ class Fused(Optimizer):
                     elif slot is not None and at.elements and self._scatters:
                         slot.wrote()
         return loss
+
+    def _begin(self) -> None:
+        """Called at the start of every step, before any parameter moves."""
 
     def _check(self, group: dict[str, Any]) -> None:
         for key, off in self._off:
