@@ -1,6 +1,6 @@
-"""Parameter groups with a learning rate and a decay of their own: muP, u-muP, LoRA+.
+"""Parameter groups with options of their own: muP, u-muP, LoRA+, Muon with AdamW.
 
-Each function returns groups for an optimizer of this package, which multiplies its `lr` and
+The first three return groups for an optimizer of this package, which multiplies its `lr` and
 `weight_decay` by the group's ``lr_mult`` and ``wd_mult`` inside of the step, so that a scheduler which
 sets `lr` leaves them alone:
 
@@ -25,7 +25,7 @@ from retouch.eligible import Candidate, candidates, own_parameters
 from retouch.errors import HyperparameterError
 from retouch.slots import some
 
-__all__ = ["lora_plus", "mup", "u_mup"]
+__all__ = ["lora_plus", "muon", "mup", "u_mup"]
 
 Group = dict[str, Any]
 _ALL = SelectConfig(direction="random", density=1.0, target_modules=None)
@@ -178,6 +178,31 @@ def lora_plus(
         raise HyperparameterError("no parameter named lora_B requires gradients: is this a LoRA?")
     rates = {n: (float(ratio) if n in chosen else 1.0, 1.0) for n in found}
     return _groups(found, rates, lr, weight_decay)
+
+
+def muon(model: nn.Module, *, decay_vectors: bool = True) -> list[Group]:
+    """Groups for `retouch.Muon`: linear weights by Muon, all else by AdamW, as Xmodel-2.5 has it.
+
+    Embeddings and output layers are matrices too, so without groups Muon steps them as well.
+
+    Args:
+        model: The model.
+        decay_vectors: Whether what is no linear weight and no embedding (norms, biases) decays too;
+            in Xmodel-2.5 it does not.
+
+    Returns:
+        Two or three groups, with all parameters that require gradients.
+    """
+    found = {n: c for n, c in candidates(model, _ALL).items() if c.param.requires_grad}
+    options: dict[str, Group] = {
+        "linear": {"use_muon": True}, "table": {"use_muon": False},
+        "vector": {"use_muon": False, "wd_mult": 1.0 if decay_vectors else 0.0},
+    }  # fmt: skip
+    made: dict[str, list[nn.Parameter]] = {}
+    for one in found.values():
+        kind = "linear" if one.kind == "linear" else "table" if len(one.shape) > 1 else "vector"
+        made.setdefault(kind, []).append(one.param)
+    return [{"params": made[kind], **group} for kind, group in options.items() if kind in made]
 
 
 def _fan_in(one: Candidate) -> int:

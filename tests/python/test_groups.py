@@ -170,6 +170,24 @@ def test_a_model_trains_with_them() -> None:
     assert loss_of(model, torch.arange(1, 25).view(2, 12)) < first - 0.1
 
 
+def test_muon_with_adamw_for_all_but_linear_weights() -> None:
+    model, other = llama(tied=False), llama(tied=False)
+    made = groups.muon(model, decay_vectors=False)
+    found = by_name(model, made, "use_muon")
+    assert {n for n, (muon,) in found.items() if muon} == {n for n in found if "_proj" in n}
+    assert found.keys() == {n for n, _ in model.named_parameters()}
+    chosen = retouch.Mask.full(model)
+    optimizer = retouch.wrap(retouch.Muon(made, lr=0.01), chosen, model)
+    plain = retouch.wrap(retouch.AdamW, retouch.Mask.full(other), other, lr=0.01, weight_decay=0.0)
+    for m, o in ((model, optimizer), (other, plain)):
+        for slot in retouch.get_engine(m).slots.values():
+            slot.value.grad = torch.ones_like(slot.value)
+        o.step()
+    now, without = snapshot(model), snapshot(other)
+    same = {n for n in now if torch.equal(now[n], without[n])}
+    assert same == {n for n in now if "norm" in n}  # the tables decay
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -28,7 +28,8 @@ class Muon(Fused):
 
     What is no matrix in the model (norms, biases, convolutions) is stepped by AdamW, with the rate and
     decay of its group; a group with ``use_muon=False`` is stepped so whole, which is the usual choice
-    for embeddings and heads. With `adjust_lr_fn` "match_rms_adamw" one rate fits both.
+    for embeddings and heads (`retouch.groups.muon` makes these groups). With `adjust_lr_fn`
+    "match_rms_adamw" one rate fits both.
 
     With `adamw_steps` all of a group starts with AdamW and goes over to Muon after so many steps, as
     Xmodel-2.5 (arXiv 2511.19496) does when its learning rate starts to fall. Matrices then start with
