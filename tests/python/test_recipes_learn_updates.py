@@ -1,5 +1,6 @@
 """Recipes that change the step: as config, in `wrap`, in the Trainer, and that they learn."""
 
+import copy
 import io
 import json
 
@@ -8,6 +9,7 @@ import torch
 from test_recipes_learn import data  # noqa: F401 - a fixture
 from tiny_hf import llama, same, trainer, weights
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from training import assert_frozen, bits, snapshot
 
 import retouch
@@ -99,6 +101,53 @@ def test_a_resumed_run_goes_on_bit_for_bit(name, data) -> None:  # noqa: F811
     for batch in data[2:]:
         step(again, resumed, batch)
     assert same(snapshot(whole), snapshot(again))
+
+
+@each
+def test_the_trial_step_of_a_distributed_checkpoint_is_none(name, data) -> None:  # noqa: F811
+    """It makes the state by a step with gradients of 0; a gate may not learn or draw from that."""
+    found = []
+    for trial in (False, True):
+        model = llama()
+        optimizer = retouch.wrap(retouch.AdamW, name, model, lr=1e-2)
+        if trial:
+            get_optimizer_state_dict(model, optimizer)
+        for batch in data[:2]:
+            step(model, optimizer, batch)
+        found.append(snapshot(model))
+    assert same(*found)
+
+
+@pytest.mark.parametrize("name", ["cautious", "alphaadam", "gmt-gate", "magma", "mos"])
+@pytest.mark.parametrize("policy", ["P1", "P2"])
+def test_on_a_mask_that_moves(name, policy, data) -> None:  # noqa: F811
+    """Resumed in the middle, with clocks of their own where the gate has them."""
+    changes = {
+        **ELEMENTS,
+        "schedule": retouch.Schedule(every=2, change="grow", rounds=3, ramp="linear"),
+    }
+    if name == "gmt-gate":
+        changes["gate"] = {"policy": policy}
+    elif policy == "P2":
+        changes["schedule"] = retouch.Schedule(every=2, change="cycle", state="keep")
+        changes |= {"direction": "random", "score": None}
+    config = SelectConfig.named(name, **changes)
+    whole, before = llama(), snapshot(llama())
+    optimizer = retouch.wrap(retouch.AdamW, config, whole, lr=1e-2)
+    for i, batch in enumerate(data + data):
+        if i == 5:
+            state = copy.deepcopy((whole.state_dict(), optimizer.state_dict()))
+        step(whole, optimizer, batch)
+    again = llama()
+    resumed = retouch.wrap(retouch.AdamW, config, again, lr=1e-2)
+    again.load_state_dict(state[0])
+    resumed.load_state_dict(state[1])
+    for batch in (data + data)[5:]:
+        step(again, resumed, batch)
+    assert same(snapshot(whole), snapshot(again))
+    retouch.verify_untouched(whole)
+    retouch.Delta.from_model(whole).revert_(whole)
+    assert all(torch.equal(bits(p), bits(before[n])) for n, p in snapshot(whole).items())
 
 
 # --- as data -----------------------------------------------------------------------------------------

@@ -60,7 +60,7 @@ class AdamW(Fused):
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
             "maximize": maximize, "gate": gates.plain(gate),
         }  # fmt: skip
-        super().__init__(params, defaults, decay, pull)
+        super().__init__(params, defaults, decay, pull=pull)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as in torch; its `gate` may be an object of `retouch.optim.gates`."""

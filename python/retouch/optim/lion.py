@@ -45,7 +45,7 @@ class Lion(Fused):
         at_least_zero(lr=lr, weight_decay=weight_decay)
         check_betas(betas)
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
-        super().__init__(params, defaults, decay, pull)
+        super().__init__(params, defaults, decay, pull=pull)
 
     def _update(self, at: At, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         state = self.state[param]

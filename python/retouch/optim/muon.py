@@ -87,7 +87,7 @@ class Muon(Fused):
             "adjust_lr_fn": adjust_lr_fn, "adamw_steps": adamw_steps, "adamw_betas": adamw_betas,
             "adamw_eps": adamw_eps, "use_muon": True, "taken": 0,
         }  # fmt: skip
-        super().__init__(params, defaults, decay, pull)
+        super().__init__(params, defaults, decay, pull=pull)
 
     def _check(self, group: dict[str, Any]) -> None:
         super()._check(group)

@@ -50,7 +50,7 @@ class SGD(Fused):
             "lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay,
             "nesterov": nesterov, "maximize": maximize,
         }  # fmt: skip
-        super().__init__(params, defaults, decay, pull)
+        super().__init__(params, defaults, decay, pull=pull)
 
     def _update(self, at: At, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         weight_decay = at.weight_decay
