@@ -156,7 +156,8 @@ def lora_plus(
     """Groups of LoRA+ (arXiv 2402.12354): the matrices B learn `ratio` times as fast as the rest.
 
     B is what stands under ``lora_B`` or ``lora_embedding_B``, as in PEFT. From memory of the paper,
-    whose advice is a ratio of 16; PEFT's own function also has a rate for embeddings.
+    whose advice is a ratio of 16. PEFT's own function agrees on linear layers; it has one rate more for
+    adapters of embeddings, and counts vectors among B.
 
     Args:
         model: A model with LoRA adapters.

@@ -109,6 +109,20 @@ def test_lora_plus() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+def test_lora_plus_is_that_of_peft() -> None:
+    from peft import LoraConfig, get_peft_model
+    from peft.optimizers import create_loraplus_optimizer
+
+    model = get_peft_model(llama(tied=False), LoraConfig(r=2, target_modules=["q_proj", "up_proj"]))
+    theirs = create_loraplus_optimizer(
+        model, torch.optim.AdamW, lr=0.5, loraplus_lr_ratio=8.0, loraplus_weight_decay=0.25
+    )
+    ours = groups.lora_plus(model, 8.0, lr=0.5, weight_decay=0.25)
+    both = [by_name(model, made, "lr", "weight_decay") for made in (ours, theirs.param_groups)]
+    assert both[0] == both[1] and len(both[0]) == 8
+
+
 @pytest.mark.parametrize("make", [retouch.AdamW, torch.optim.AdamW], ids=["ours", "torch"])
 @pytest.mark.parametrize("cls", ["OneCycleLR", "CosineAnnealingWarmRestarts", "LambdaLR"])
 def test_multipliers_survive_schedulers(make, cls) -> None:

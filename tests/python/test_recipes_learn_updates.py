@@ -197,6 +197,8 @@ def test_an_optimizer_that_does_not_know_it() -> None:
         retouch.wrap(retouch.SGD, "magma", model, lr=1e-3)
     with pytest.raises(HyperparameterError, match=r"asks for pull=0\.1.*SGD"):
         retouch.wrap(torch.optim.SGD(model.parameters(), lr=1e-3), "mos", model)
+    retouch.wrap(torch.optim.SGD, SelectConfig.named("l2-sp", decay="weight"), model, lr=1e-3)
+    retouch.unwrap(model)
     assert not hasattr(model, "_retouch")  # and the model is as it was
     for name in ("mos", "l2-sp"):
         retouch.wrap(retouch.SGD, name, model, lr=1e-3, weight_decay=0.1)

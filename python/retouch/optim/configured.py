@@ -18,7 +18,7 @@ _UNSET: dict[str, Any] = {"gate": None, "decay": "weight", "pull": 0.0}
 def asks(config: SelectConfig) -> dict[str, Any]:
     """The group options that a config wants, as plain data; {} if it leaves the update alone."""
     wanted = {"gate": gates.plain(config.gate), "decay": config.decay, "pull": config.pull}
-    return {key: value for key, value in wanted.items() if value is not None}
+    return {k: v for k, v in wanted.items() if v is not None and v != _UNSET[k]}
 
 
 def configure(optimizer: Optimizer, config: SelectConfig) -> None:
@@ -31,10 +31,7 @@ def configure(optimizer: Optimizer, config: SelectConfig) -> None:
     Raises:
         HyperparameterError: The optimizer does not have them.
     """
-    wanted = asks(config)
-    for key, value in wanted.items():
-        if value == _UNSET[key]:
-            continue  # what every optimizer does
+    for key, value in asks(config).items():
         if not (isinstance(optimizer, Fused) and key in optimizer.defaults):
             origin = f"the recipe {config.recipe!r}" if config.recipe else "the config"
             ours = "retouch.AdamW" if key == "gate" else "retouch.AdamW, SGD, Lion and Muon"
