@@ -31,7 +31,7 @@ from retouch.errors import EngineError, FormatError
 from retouch.masks import Selection
 from retouch.migrate import Kept, State, pack_pieces, unpack_pieces
 from retouch.resume import Part, describe, restore, restore_past
-from retouch.slots import Slot, same_bits
+from retouch.slots import Slot, same_bits, some
 
 if TYPE_CHECKING:
     from retouch.compact import Engine
@@ -57,6 +57,7 @@ class Binding:
         self._optimizer = weakref.ref(optimizer)
         self._before_step: list[tuple[Slot, Tensor, Tensor]] = []
         self._dry_run = False
+        self._held: set[int] = set()  # ids of what the last step found in the groups
         self.measured: dict[str, float] = {}
         self.kept = Kept()
         self._handles: list[RemovableHandle] = [
@@ -155,13 +156,14 @@ class Binding:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         self._engine.check()
         self._engine.check_groups(optimizer)
+        self._check_kept(optimizer)
         slots = list(self.slots())
         for slot in slots:
             slot.fused = None
             slot.collect()  # a gradient that was set by hand
             if slot.is_stale():  # written by load_state_dict, a delta or the user
                 slot.sync()
-        self._dry_run = _is_dry_run(optimizer)
+        self._dry_run = is_dry_run(optimizer)
         if not self._dry_run:
             self._engine.check_reduced()
             if self._engine.mover is not None:
@@ -177,6 +179,20 @@ class Binding:
         if kwargs.get("closure") is not None:
             return args, {**kwargs, "closure": self._after_write(kwargs["closure"])}
         return None
+
+    def _check_kept(self, optimizer: Optimizer) -> None:
+        """Raises EngineError if values have been taken out of the groups: nobody would step them."""
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        gone = self._held - held
+        lost = [n for n, s in self._engine.slots.items()
+                if id(s.value) in gone and not self._engine.bindings(n)]  # fmt: skip
+        if lost:
+            raise EngineError(
+                f"the optimizer no longer holds the compact values of {some(lost)}, though the mask "
+                "selects them: have its groups been given other tensors? To freeze them, change the "
+                "mask (Engine.move)"
+            )
+        self._held = held
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for slot in self.slots():
@@ -346,7 +362,7 @@ def _refuse(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any])
     )
 
 
-def _is_dry_run(optimizer: Optimizer) -> bool:
+def is_dry_run(optimizer: Optimizer) -> bool:
     """Whether torch.distributed.checkpoint takes this step, to have the state made."""
     if optimizer.state or any(float(g.get("lr", 1.0)) != 0 for g in optimizer.param_groups):
         return False

@@ -32,6 +32,8 @@ class AdamW(Fused):
             `retouch.optim.gates`. It is kept in the group as plain data, so a state dict has it.
         decay: "weight" decays towards 0; "base" towards what the weight held when the mask was set:
             the value becomes `value + lr * weight_decay * (base - value)`.
+        pull: After each step a value goes this share of the way to what the weight held when the mask
+            was set, whatever the learning rate.
 
     Raises:
         HyperparameterError: An option out of its range.
@@ -50,6 +52,7 @@ class AdamW(Fused):
         maximize: bool = False,
         gate: Gate | Mapping[str, Any] | None = None,
         decay: Decay = "weight",
+        pull: float = 0.0,
     ) -> None:
         at_least_zero(lr=lr, eps=eps, weight_decay=weight_decay)
         check_betas(betas)
@@ -57,7 +60,7 @@ class AdamW(Fused):
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
             "maximize": maximize, "gate": gates.plain(gate),
         }  # fmt: skip
-        super().__init__(params, defaults, decay)
+        super().__init__(params, defaults, decay, pull=pull)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as in torch; its `gate` may be an object of `retouch.optim.gates`."""

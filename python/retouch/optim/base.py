@@ -54,7 +54,7 @@ class At:
         """
         if self.slot is None:
             raise HyperparameterError(
-                f"{self.name} has no base to decay to: decay='base' needs retouch.wrap"
+                f"{self.name} has no base to go to: decay='base' and pull= need retouch.wrap"
             )
         return self.slot.base.to(value.dtype)
 
@@ -90,8 +90,11 @@ class Fused(Optimizer):
     )
     _scatters = True  # whether `_update` writes the weight of a selection of elements
 
-    def __init__(self, params: ParamsT, defaults: dict[str, Any], decay: Decay = "weight") -> None:
-        super().__init__(params, {**defaults, "decay": decay, "lr_mult": 1.0, "wd_mult": 1.0})
+    def __init__(
+        self, params: ParamsT, defaults: dict[str, Any], decay: Decay = "weight", pull: float = 0.0
+    ) -> None:
+        shared = {"decay": decay, "pull": pull, "lr_mult": 1.0, "wd_mult": 1.0}
+        super().__init__(params, {**defaults, **shared})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as in torch; checks what this package adds to it."""
@@ -119,6 +122,7 @@ class Fused(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with torch.no_grad():
+            self._begin()
             for i, group in enumerate(self.param_groups):
                 self._check(group)
                 lr = float(group["lr"]) * group["lr_mult"]
@@ -131,9 +135,14 @@ class Fused(Optimizer):
                     _check_tensors(name, param, param.grad)
                     at = At(name, slot, lr, weight_decay)
                     self._update(at, param, param.grad, group)
-                    if slot is not None and at.elements and self._scatters:
+                    if group["pull"]:  # the engine then writes the weight, once more
+                        param.lerp_(at.base(param), group["pull"])
+                    elif slot is not None and at.elements and self._scatters:
                         slot.wrote()
         return loss
+
+    def _begin(self) -> None:
+        """Called at the start of every step, before any parameter moves."""
 
     def _check(self, group: dict[str, Any]) -> None:
         for key, off in self._off:
@@ -147,6 +156,8 @@ class Fused(Optimizer):
                 f"decay must be 'weight' or 'base', got {group['decay']!r}; weight_decay=0 is none"
             )
         at_least_zero(lr_mult=group["lr_mult"], wd_mult=group["wd_mult"])
+        if not 0 <= group["pull"] < 1:
+            raise HyperparameterError(f"pull must be in [0, 1), got {group['pull']}")
 
     def _update(self, at: At, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         raise AssertionError("a subclass says how to step")

@@ -24,6 +24,8 @@ class Lion(Fused):
         weight_decay: Decoupled: weights are multiplied by `1 - lr * weight_decay`.
         maximize: Ascend instead.
         decay: "weight" decays towards 0, "base" towards what the weight held when the mask was set.
+        pull: After each step a value goes this share of the way to what the weight held when the mask
+            was set, whatever the learning rate.
 
     Raises:
         HyperparameterError: An option out of its range.
@@ -38,11 +40,12 @@ class Lion(Fused):
         *,
         maximize: bool = False,
         decay: Decay = "weight",
+        pull: float = 0.0,
     ) -> None:
         at_least_zero(lr=lr, weight_decay=weight_decay)
         check_betas(betas)
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
-        super().__init__(params, defaults, decay)
+        super().__init__(params, defaults, decay, pull=pull)
 
     def _update(self, at: At, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         state = self.state[param]

@@ -23,6 +23,8 @@ class SGD(Fused):
         nesterov: Look ahead; needs momentum and no dampening.
         maximize: Ascend instead.
         decay: "weight" decays towards 0, "base" towards what the weight held when the mask was set.
+        pull: After each step a value goes this share of the way to what the weight held when the mask
+            was set, whatever the learning rate.
 
     Raises:
         HyperparameterError: An option out of its range.
@@ -39,6 +41,7 @@ class SGD(Fused):
         *,
         maximize: bool = False,
         decay: Decay = "weight",
+        pull: float = 0.0,
     ) -> None:
         at_least_zero(lr=lr, momentum=momentum, weight_decay=weight_decay)
         if nesterov and (momentum <= 0 or dampening != 0):
@@ -47,7 +50,7 @@ class SGD(Fused):
             "lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay,
             "nesterov": nesterov, "maximize": maximize,
         }  # fmt: skip
-        super().__init__(params, defaults, decay)
+        super().__init__(params, defaults, decay, pull=pull)
 
     def _update(self, at: At, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         weight_decay = at.weight_decay

@@ -7,7 +7,17 @@
 A recipe holds declarations only; whatever it computes is a score or a selector of this package.
 """
 
-from retouch.recipes import gates, gradients, inputs, moving, plain, references, shira, weights
+from retouch.recipes import (
+    gates,
+    gradients,
+    inputs,
+    moving,
+    plain,
+    references,
+    shira,
+    updates,
+    weights,
+)
 from retouch.recipes._registry import Recipe, bibtex, info, markdown, rows
 
 __all__ = [
@@ -23,6 +33,7 @@ __all__ = [
     "plain",
     "references",
     "shira",
+    "updates",
     "weights",
 ]
 
