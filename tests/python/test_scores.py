@@ -17,7 +17,7 @@ from retouch import SelectConfig, errors, scores, wrap
 from retouch.batches import Batches
 from retouch.eligible import candidates
 from retouch.masks import Mask
-from retouch.scores import Fisher, Gradient, GradStat, Magnitude, Random, Sensitivity
+from retouch.scores import Fisher, Gradient, GradStat, Magnitude, Random, Sensitivity, as_score
 
 ALL = {"score": "magnitude", "density": 1.0, "target_modules": None}
 
@@ -416,7 +416,9 @@ def test_arithmetic() -> None:
         (m + 1, lambda w: w.abs() + 1), (1 - m, lambda w: 1 - w.abs()),
         (2 * m - m, lambda w: w.abs()), (m / (m + 1e-8), lambda w: w.abs() / (w.abs() + 1e-8)),
         (1 / (m + 1) ** 0.5, lambda w: 1 / (w.abs() + 1).sqrt()), (m * double, lambda w: w.abs() * 2 * w),
-        (1.5 + m, lambda w: w.abs() + 1.5),
+        (1.5 + m, lambda w: w.abs() + 1.5), (abs(0.1 - m), lambda w: (0.1 - w.abs()).abs()),
+        (scores.minimum(m, 0.05), lambda w: w.abs().clamp(max=0.05)),
+        (scores.maximum(double, m), lambda w: torch.maximum(2 * w, w.abs())),
     ]:  # fmt: skip
         for name, found in of(score, model).items():
             torch.testing.assert_close(found, want(weight[name]))
@@ -424,6 +426,42 @@ def test_arithmetic() -> None:
         m + "x"
     with pytest.raises(errors.HyperparameterError, match="op='%'"):
         scores.Combined("%", m, m)
+
+
+def test_min_and_max_are_nan_where_a_side_is() -> None:
+    def nan(model, eligible, data, loss_fn):
+        return {n: torch.full(c.shape, float("nan")) for n, c in eligible.items()}
+
+    for both in (scores.minimum(nan, 1.0), scores.maximum(0.0, nan), scores.minimum(nan, double)):
+        assert all(bool(v.isnan().all()) for v in of(both, tiny.bert()).values())
+
+
+def test_a_score_that_is_used_twice_is_computed_once() -> None:
+    calls = []
+
+    def counted(model, eligible, data, loss_fn):
+        calls.append(1)
+        return double(model, eligible, data, loss_fn)
+
+    model, m, c = tiny.bert(), Magnitude(), as_score(counted)
+    weight = {n: p.detach() for n, p in model.named_parameters()}
+    for name, found in of(abs(c - m) / (scores.minimum(c, m) + 1) + counted, model).items():
+        w, mag = weight[name], weight[name].abs()
+        want = (2 * w - mag).abs() / (torch.minimum(2 * w, mag) + 1) + 2 * w
+        torch.testing.assert_close(found, want)
+    assert len(calls) == 1
+    # equal scores are one, others are not, and references that hold tensors are not compared
+    data = [tiny.labelled()]
+    passes = []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    of(Gradient() * Gradient(), model, data)
+    once = len(passes)
+    of(Gradient() * Gradient(training=True), model, data)
+    assert once == 1 and len(passes) == 3
+    base = {n: torch.zeros_like(p) for n, p in weight.items()}
+    twice = scores.Difference(base) + scores.Difference(dict(base))
+    for name, found in of(twice, model).items():
+        torch.testing.assert_close(found, 2 * weight[name].abs())
 
 
 def test_needs_data() -> None:

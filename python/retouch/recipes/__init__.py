@@ -7,7 +7,18 @@
 A recipe holds declarations only; whatever it computes is a score or a selector of this package.
 """
 
-from retouch.recipes import gates, gradients, inputs, moving, plain, references, shira, weights
+from retouch.recipes import (
+    gates,
+    gradients,
+    inputs,
+    lora,
+    moving,
+    plain,
+    references,
+    rounds,
+    shira,
+    weights,
+)
 from retouch.recipes._registry import Recipe, bibtex, info, markdown, rows
 
 __all__ = [
@@ -18,10 +29,12 @@ __all__ = [
     "info",
     "inputs",
     "list",
+    "lora",
     "markdown",
     "moving",
     "plain",
     "references",
+    "rounds",
     "shira",
     "weights",
 ]

@@ -1,0 +1,149 @@
+"""Scores of layers from the hidden states that they give."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from retouch.batches import Batches, samples_in, to_device
+from retouch.collected import Collected
+from retouch.eligible import own_parameters
+from retouch.errors import HyperparameterError, ScoreError
+from retouch.names import CUSTOM
+from retouch.names import register_score as register
+from retouch.passes import Eligible, LossFn, kept, outputs_of
+from retouch.scores.base import Score
+
+
+@register("cosine_gap")
+@dataclass(frozen=True, repr=False)
+class CosineGap(Score):
+    """How much each layer widens the angle between two kinds of text, the same for all of a layer.
+
+    Safety Layers (arXiv 2408.17003): of the hidden vectors of the last token, the angle of the mean
+    cosine between normal and harmful prompts, less that between two normal ones; the score of a layer
+    is by how much, in radians, this gap is larger than that of the layer before it. The paper takes
+    random pairs; here are all of them, as means of sums of unit vectors. The data are the normal
+    prompts. In evaluation mode; one forward pass of both.
+
+    Attributes:
+        harmful: Batches of the other kind; a config with them cannot be written to a file.
+    """
+
+    needs_data: ClassVar[bool] = True
+    harmful: Any = field(default=None)
+
+    def __repr__(self) -> str:
+        """Says whether there are harmful prompts."""
+        return f"CosineGap({'no prompts' if self.harmful is None else 'harmful prompts'})"
+
+    def __call__(
+        self,
+        model: nn.Module,
+        eligible: Eligible,
+        data: Any = None,
+        loss_fn: LossFn | None = None,
+    ) -> dict[str, Tensor]:
+        """See `Score`; a `loss_fn` is called for the forward pass that it makes.
+
+        Raises:
+            HyperparameterError: A parameter is in no layer.
+            ScoreError: No data or harmful prompts, fewer than two normal ones, or hidden states that
+                are NaN or not of the form [samples, tokens, features].
+        """
+        if data is None or isinstance(data, Collected):
+            raise ScoreError(
+                f"the score {self!r} needs data: pass data= (batches of normal prompts)"
+            )
+        if self.harmful is None:
+            raise ScoreError(
+                "the score needs two kinds of prompts: score=retouch.scores.CosineGap(harmful), and "
+                "normal ones as data="
+            )
+        outside = [n for n, c in eligible.items() if c.layer is None]
+        if outside:
+            raise HyperparameterError(
+                f"{outside[0]} is in no layer, and the score is for layers: leave it out of "
+                "target_modules, or train it whole (modules_to_save)"
+            )
+        layers = list(dict.fromkeys(c.layer for c in eligible.values() if c.layer is not None))
+        normal, harmful = (_sums(model, layers, d, loss_fn) for d in (data, self.harmful))
+        growth, before, of = {}, 0.0, ""
+        for layer in layers:
+            if layer.rpartition(".")[0] != of:  # another list of layers
+                before, of = 0.0, layer.rpartition(".")[0]
+            gap = _gap(normal[layer], harmful[layer])
+            growth[layer], before = gap - before, gap
+        return {
+            n: torch.tensor(growth[c.layer or ""], device=c.param.device).expand(c.shape)
+            for n, c in eligible.items()
+        }
+
+    def to_dict(self) -> Any:
+        """JSON-able; see `Score.to_dict`."""
+        return super().to_dict() if self.harmful is None else CUSTOM
+
+
+def _sums(
+    model: nn.Module, layers: list[str], data: Any, loss_fn: LossFn | None
+) -> dict[str, tuple[Tensor, int]]:
+    """For each layer the sum of the unit vectors of the last tokens and their number, in float64."""
+    sums: dict[str, Tensor] = {}
+    last: list[Tensor | None] = [None]
+    count = 0
+    handles = []
+
+    def watch(layer: str, module: nn.Module) -> None:
+        def take(_: nn.Module, args: Any, output: Any) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            if not isinstance(hidden, Tensor) or hidden.dim() not in (2, 3):
+                raise ScoreError(f"{layer} gives no [samples, tokens, features]: no hidden states")
+            if hidden.dim() == 3:
+                at = last[0]
+                if at is None:
+                    at = torch.full((hidden.shape[0],), hidden.shape[1] - 1, device=hidden.device)
+                hidden = hidden[torch.arange(hidden.shape[0], device=hidden.device), at]
+            units = F.normalize(hidden.detach().to(torch.float64), dim=-1)
+            total = torch.zeros_like(units[0]) if layer not in sums else sums[layer]
+            for unit in units:  # one after the other, so that cutting batches does not matter
+                total = total + unit
+            sums[layer] = total
+
+        handles.append(module.register_forward_hook(take))
+
+    with kept(model), torch.no_grad():
+        try:
+            for layer in layers:
+                watch(layer, model.get_submodule(layer))
+            model.eval()
+            device = next((p.device for _, p in own_parameters(model)), torch.device("cpu"))
+            for batch in data if isinstance(data, Batches) else Batches(data):
+                batch = to_device(batch, device)
+                mask = batch.get("attention_mask") if hasattr(batch, "get") else None
+                if mask is not None:
+                    places = torch.arange(mask.shape[1], device=mask.device)
+                    last[0] = (mask * places).argmax(1)
+                count += samples_in(batch)
+                _ = outputs_of(model, batch) if loss_fn is None else loss_fn(model, batch)
+                last[0] = None
+        finally:
+            for handle in handles:
+                handle.remove()
+    if not count or len(sums) < len(layers):
+        raise ScoreError("the data hold no prompt, or a layer was not called")
+    return {layer: (sums[layer], count) for layer in layers}
+
+
+def _gap(normal: tuple[Tensor, int], harmful: tuple[Tensor, int]) -> float:
+    """The angle of the mean cosine of all mixed pairs less that of all normal ones, in radians."""
+    (ours, n), (others, m) = normal, harmful
+    if n < 2:
+        raise ScoreError(f"the data hold {n} normal prompt; pairs of them need two or more")
+    alike = (float((ours * ours).sum()) - n) / (n * (n - 1))
+    mixed = float((ours * others).sum()) / (n * m)
+    if alike != alike or mixed != mixed:
+        raise ScoreError("a hidden state is NaN or infinite")
+    return math.acos(min(max(mixed, -1.0), 1.0)) - math.acos(min(max(alike, -1.0), 1.0))
