@@ -25,9 +25,10 @@ class CosineGap(Score):
 
     Safety Layers (arXiv 2408.17003): of the hidden vectors of the last token, the angle of the mean
     cosine between normal and harmful prompts, less that between two normal ones; the score of a layer
-    is by how much, in radians, this gap is larger than that of the layer before it. The paper takes
+    is by how much, in radians, this gap is larger after it than before. The paper takes
     random pairs; here are all of them, as means of sums of unit vectors. The data are the normal
-    prompts. In evaluation mode; one forward pass of both.
+    prompts. In evaluation mode; one forward pass of both. Layers are called as ``layer(hidden, ...)``
+    or ``layer(hidden_states=...)``.
 
     Attributes:
         harmful: Batches of the other kind; a config with them cannot be written to a file.
@@ -71,12 +72,11 @@ class CosineGap(Score):
             )
         layers = list(dict.fromkeys(c.layer for c in eligible.values() if c.layer is not None))
         normal, harmful = (_sums(model, layers, d, loss_fn) for d in (data, self.harmful))
-        growth, before, of = {}, 0.0, ""
-        for layer in layers:
-            if layer.rpartition(".")[0] != of:  # another list of layers
-                before, of = 0.0, layer.rpartition(".")[0]
-            gap = _gap(normal[layer], harmful[layer])
-            growth[layer], before = gap - before, gap
+        growth = {
+            layer: _gap(normal[layer, 1], harmful[layer, 1])
+            - _gap(normal[layer, 0], harmful[layer, 0])
+            for layer in layers
+        }
         return {
             n: torch.tensor(growth[c.layer or ""], device=c.param.device).expand(c.shape)
             for n, c in eligible.items()
@@ -89,30 +89,36 @@ class CosineGap(Score):
 
 def _sums(
     model: nn.Module, layers: list[str], data: Any, loss_fn: LossFn | None
-) -> dict[str, tuple[Tensor, int]]:
-    """For each layer the sum of the unit vectors of the last tokens and their number, in float64."""
-    sums: dict[str, Tensor] = {}
+) -> dict[tuple[str, int], tuple[Tensor, int]]:
+    """The sums of the unit vectors of the last tokens before (0) and after (1) each layer, float64."""
+    sums: dict[tuple[str, int], Tensor] = {}
     last: list[Tensor | None] = [None]
     count = 0
     handles = []
 
-    def watch(layer: str, module: nn.Module) -> None:
-        def take(_: nn.Module, args: Any, output: Any) -> None:
-            hidden = output[0] if isinstance(output, tuple) else output
-            if not isinstance(hidden, Tensor) or hidden.dim() not in (2, 3):
-                raise ScoreError(f"{layer} gives no [samples, tokens, features]: no hidden states")
-            if hidden.dim() == 3:
-                at = last[0]
-                if at is None:
-                    at = torch.full((hidden.shape[0],), hidden.shape[1] - 1, device=hidden.device)
-                hidden = hidden[torch.arange(hidden.shape[0], device=hidden.device), at]
-            units = F.normalize(hidden.detach().to(torch.float64), dim=-1)
-            total = torch.zeros_like(units[0]) if layer not in sums else sums[layer]
-            for unit in units:  # one after the other, so that cutting batches does not matter
-                total = total + unit
-            sums[layer] = total
+    def add(key: tuple[str, int], hidden: Any) -> None:
+        hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+        if not isinstance(hidden, Tensor) or hidden.dim() not in (2, 3):
+            raise ScoreError(
+                f"{key[0]} has no hidden states of the form [samples, tokens, features]"
+            )
+        if hidden.dim() == 3:
+            at = last[0]
+            if at is None:
+                at = torch.full((hidden.shape[0],), hidden.shape[1] - 1, device=hidden.device)
+            hidden = hidden[torch.arange(hidden.shape[0], device=hidden.device), at]
+        units = F.normalize(hidden.detach().to(torch.float64), dim=-1)
+        total = sums.get(key, torch.zeros_like(units[0]))
+        for unit in units:  # one after the other, so that cutting batches does not matter
+            total = total + unit
+        sums[key] = total
 
-        handles.append(module.register_forward_hook(take))
+    def watch(layer: str, module: nn.Module) -> None:
+        def take(_: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            add((layer, 0), args[0] if args else kwargs.get("hidden_states"))
+            add((layer, 1), output)
+
+        handles.append(module.register_forward_hook(take, with_kwargs=True))
 
     with kept(model), torch.no_grad():
         try:
@@ -132,9 +138,9 @@ def _sums(
         finally:
             for handle in handles:
                 handle.remove()
-    if not count or len(sums) < len(layers):
+    if not count or len(sums) < 2 * len(layers):
         raise ScoreError("the data hold no prompt, or a layer was not called")
-    return {layer: (sums[layer], count) for layer in layers}
+    return {key: (total, count) for key, total in sums.items()}
 
 
 def _gap(normal: tuple[Tensor, int], harmful: tuple[Tensor, int]) -> float:
