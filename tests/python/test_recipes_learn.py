@@ -36,6 +36,7 @@ TAPS, DIFF_PRUNING, STRUCTURED = (
 # A LoRA of rank 2 on q and v has 2 * (32 + 32) + 2 * (32 + 16) parameters in each layer.
 LORA = 2 * 224
 HARMFUL = [tiny.text(seed=5)]
+CODYRA = [retouch.recipes.info(name).config["score"] for name in ("codyra", "codyra-released")]
 # What is selected of it, by hand. Sizes for large matrices are scaled down, as written on the right.
 BUDGETS = {
     "child-tuning-d": (4646 + OUTSIDE, {}),  # floor(0.3 * 2 * LAYER)
@@ -116,6 +117,11 @@ BUDGETS = {
     "roast": (None, {}),
     "rosa-warmup": (LORA + 2 * (3 + 1), {}),
     "spiel-ma": (150, {}),
+    # whichever gates are open
+    "codyra": (None, {"score": replace(CODYRA[0], penalty=0.05, lr=1e-2)}),
+    "codyra-released": (None, {"score": replace(CODYRA[1], penalty=0.05, lr=1e-2)}),
+    "increlora": (307, {}),  # floor(0.02 * 2 * 7680)
+    "snella": (3072, {}),
 }
 # Schedules that do all that they do within 16 steps.
 SHORT = {
@@ -129,6 +135,7 @@ SHORT = {
     "fishertune": {"start": 3, "every": 3, "rounds": 3}, "hft-rounds": {},
     "lora-sp-redrawn": {}, "owlore": {"every": 3}, "roast": {}, "rosa-warmup": {"start": 5},
     "spiel-ma": {"every": 4, "collect": 2, "rounds": 3},
+    "increlora": {"every": 2, "rounds": 5}, "snella": {"rounds": 3},
 }  # fmt: skip
 # Of two layers one: other data may well say the same.
 WHOLE_LAYERS = ("irepair", "irepair-fixed", "owlore", "sppft-gap")
@@ -152,7 +159,8 @@ def residual():
 
 # Models that have what a recipe is for, with their data.
 OTHERS = {
-    "bitfit": classifier, "cure-released": residual, "lora-sp": with_lora,
+    "bitfit": classifier, "codyra": with_lora, "codyra-released": with_lora,
+    "cure-released": residual, "lora-sp": with_lora,
     "lora-sp-redrawn": with_lora, "rosa-warmup": with_lora,
 }  # fmt: skip
 

@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 import warnings
+from dataclasses import replace
 
 import peft
 import pytest
@@ -17,6 +18,7 @@ import retouch
 from retouch import Schedule, SelectConfig, recipes, select
 from retouch.eligible import candidates
 from retouch.errors import HyperparameterError, ScoreError
+from retouch.quotas import shares
 from retouch.scores import CosineGap, Fisher, HardExamples, Outliers, RowColumn, Wanda
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -319,6 +321,68 @@ def test_spiel_ma_keeps_its_size_and_puts_back_what_it_drops() -> None:
         assert now[name].flatten()[index] == before[name].flatten()[index]
 
 
+# --- shares of matrices ---------------------------------------------------------------------------
+
+
+def literal_scores(model: nn.Module, batches, names) -> dict[str, Tensor]:
+    """Sum of |gradient| * |weight|."""
+    found = {}
+    for batch in batches:
+        params = [model.get_parameter(n) for n in names]
+        grads = torch.autograd.grad(model(**batch).loss, params)
+        for n, g in zip(names, grads, strict=True):
+            found[n] = found.get(n, 0) + g.abs()
+    return {n: g * model.get_parameter(n).detach().abs() for n, g in found.items()}
+
+
+def test_snella_shares_by_score_and_shrinks() -> None:
+    data = [tiny.text(seed=i) for i in range(2)]
+    config = SelectConfig.named("snella", density=0.3, schedule={"rounds": 3, "density_from": 0.8})
+    # literally, at a learning rate of 0: the weights stay
+    twin = llama()
+    names = [n for n in select(twin, "snella", data=data, density=1.0)]
+    scores = literal_scores(twin, data, names)
+    model = llama()
+    optimizer = retouch.wrap(retouch.AdamW, config, model, lr=0.0)
+    engine = retouch.get_engine(model)
+    assert all(s.kind == "all" for s in engine.mask.values()) and set(engine.mask) == set(names)
+    before = None
+    for done in (0.0, 0.5, 1.0, 1.0):
+        for batch in data:
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        engine.mover.new_epoch()
+        volume = 0.3 + 0.5 * (1 - done) ** 3
+        assert engine.mask.count == math.floor(2 * 7680 * volume)
+        if before is None:
+            sizes = [scores[n].numel() for n in names]
+            want = shares([float(scores[n].mean()) for n in names], sizes, engine.mask.count)
+            for n, k in zip(names, want, strict=True):
+                assert abs(engine.mask[n].count - k) <= 1
+                top = set(scores[n].flatten().topk(engine.mask[n].count).indices.tolist())
+                assert len(top ^ set(engine.mask[n].flat().tolist())) <= 2  # float rounding
+        else:
+            assert positions(engine.mask) <= before
+        before = positions(engine.mask)
+    assert len({round(engine.mask[n].count / scores[n].numel(), 2) for n in names}) > 3
+
+
+def test_increlora_adds_the_same_number_in_each_round() -> None:
+    model, data = llama(), [tiny.text(seed=i) for i in range(3)]
+    config = SelectConfig.named("increlora", density=0.1, schedule={"every": 2, "rounds": 4})
+    masks = run(model, config, data, 9)
+    counts = [m.count for m in masks]
+    quarter = 2 * 7680 * 0.1 / 4
+    assert counts == [math.floor(quarter * min(i // 2 + 1, 4)) for i in range(9)]
+    for before, after in itertools.pairwise(masks):
+        assert positions(before) <= positions(after)
+    added = {
+        n: s.count - masks[0][n].count if n in masks[0] else s.count for n, s in masks[-1].items()
+    }
+    assert max(added.values()) > 3 * min(added.values())  # not in proportion to sizes
+
+
 # --- PEFT -----------------------------------------------------------------------------------------
 
 
@@ -398,6 +462,24 @@ def test_rosa_starts_the_sparse_part_after_the_lora() -> None:
 
 
 # --- presets --------------------------------------------------------------------------------------
+
+
+def test_codyra_keeps_the_ranks_whose_gates_stay_open() -> None:
+    model, data = with_lora(4), [tiny.text(seed=i) for i in range(4)]
+    score = replace(recipes.info("codyra").config["score"], penalty=0.1, lr=2e-2)
+    mask = select(model, "codyra", data=data, score=score)
+    found = of(score, model, data, target_modules=r".*lora_B.*")
+    columns = 0
+    for name, s in found.items():
+        gates = s[0]
+        assert torch.equal(s, gates.expand_as(s))  # one gate for each rank
+        wanted = gates.nonzero().flatten().tolist()
+        columns += len(wanted)
+        got = sorted({i % 4 for i in mask[name].flat().tolist()}) if name in mask else []
+        assert got == wanted
+    assert 0 < columns < 16
+    assert all(s.kind == "all" for n, s in mask.items() if "lora_A" in n)
+    assert sum("lora_A" in n for n in mask) == 4
 
 
 def test_cu_icu_trains_less_than_a_hundredth_of_a_t5() -> None:

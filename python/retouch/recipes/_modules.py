@@ -28,7 +28,9 @@ LAYERS_9_TO_14 = r"(.*\.)?(layers?|h|blocks?)\.(9|1[0-4])"
 FIRST_CONVS = r".+\.conv1\.weight"
 BUT_FIRST_CONVS = r"(?!.+\.conv1\.weight)(.*\.)?(weight|bias)"
 # Of a PEFT model.
-LORA_FACTORS = r"(.*\.)?lora_(A|B|embedding_A|embedding_B)\..*"
+LORA_FACTORS = r"(.*\.)?lora_(embedding_)?[AB]\..*"
+LORA_A = r"(.*\.)?lora_(embedding_)?A\..*"
+LORA_B = r"(.*\.)?lora_(embedding_)?B\..*"
 LORA_BASES = r"(.*\.)?base_layer"
 
 WORDS = {
@@ -49,5 +51,7 @@ WORDS = {
     FIRST_CONVS: "first convolutions of blocks",
     BUT_FIRST_CONVS: "everything else",
     LORA_FACTORS: "factors of LoRAs",
+    LORA_A: "factors A of LoRAs",
+    LORA_B: "factors B of LoRAs",
     LORA_BASES: "weights that have a LoRA",
 }

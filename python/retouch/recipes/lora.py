@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from retouch.recipes._modules import LORA_BASES, LORA_FACTORS
+from retouch.gates import LearnedGates
+from retouch.recipes._modules import LORA_A, LORA_B, LORA_BASES, LORA_FACTORS
 from retouch.recipes._registry import Recipe
 from retouch.schedules import Schedule
 from retouch.scores import Fisher
@@ -77,3 +78,66 @@ Recipe(
     year=2024,
     arxiv="2401.04679",
 )
+
+_CODYRA: dict[str, Any] = {
+    "cost": "a training of 10 epochs of the factors B",
+    "when": "after a training of the gates",
+    "source": "the released code",
+    "paper": (
+        "Adaptive Rank, Reduced Forgetting: Knowledge Retention in Continual Learning "
+        "Vision-Language Models with Dynamic Rank-Selective LoRA"
+    ),
+    "year": 2024,
+    "arxiv": "2412.01004",
+}
+_OPEN_RANKS: dict[str, Any] = {
+    "threshold": 1e-45,  # the smallest float32 above 0
+    "granularity": "column",
+    "target_modules": LORA_B,
+    "modules_to_save": LORA_A,
+}
+_CODYRA_NOTES = (
+    " For a model of PEFT: a gate on each column of B, which is a rank, is trained with B and closed "
+    "by soft thresholds that rise in the second half; what is open is then trained, with all of A. In "
+    "the paper A, B and gates are trained together and merged after each task: "
+    "retouch.gates.install(model, 'codyra'), gates.shrink(kappa) after each step, and at the end "
+    "gates.remove(keep=mask), which keeps what was learned."
+)
+
+Recipe(
+    id="codyra",
+    title="CoDyRA, ranks",
+    config=_OPEN_RANKS
+    | {
+        "score": LearnedGates(
+            gate="proximal", units="column", penalty=0.005, epochs=10, warmup=5, optimizer="adamw",
+            lr=5e-4,
+        ),
+    },
+    scores="trained gate of each rank, soft-thresholded",
+    notes="Ranks whose gates are not 0 after proximal steps." + _CODYRA_NOTES,
+    warning=(
+        "The paper's gates start from normal noise, ours from 1; thresholds rise by epochs, not in 50 "
+        "levels of the second half of 500 steps."
+    ),
+    variant="paper",
+    **_CODYRA,
+)  # fmt: skip
+
+Recipe(
+    id="codyra-released",
+    title="CoDyRA, released code",
+    config=_OPEN_RANKS
+    | {
+        "score": LearnedGates(
+            gate="proximal_released", units="column", penalty=0.005, epochs=10, warmup=5,
+            optimizer="adamw", lr=5e-4,
+        ),
+    },
+    scores="trained gate of each rank, soft-thresholded, then cut",
+    notes="As `codyra`, in the order of the code, which closes gates up to twice the threshold."
+    + _CODYRA_NOTES,
+    warning="As of `codyra`.",
+    variant="released",
+    **_CODYRA,
+)  # fmt: skip

@@ -16,6 +16,7 @@ from retouch.scores import (
     HardExamples,
     Outliers,
     RowColumn,
+    Sensitivity,
     SoftRank,
     Wanda,
     domain_fisher,
@@ -239,4 +240,75 @@ Recipe(
     paper="Scaling Sparse Fine-Tuning to Large Language Models",
     year=2024,
     arxiv="2401.16405",
+)
+
+Recipe(
+    id="snella",
+    title="SNELLA, allocation",
+    config={
+        "score": Sensitivity(map="abs"),
+        "density": 0.2,
+        "scope": "tensor",
+        "quota": "score",
+        "schedule": Schedule(
+            every=1,
+            unit="epoch",
+            collect="all",
+            change="shrink",
+            initial="all",
+            ramp="cubic",
+            rounds=100,
+            density_from=1.0,
+        ),
+    },
+    scores="sum of |gradient| * |weight|",
+    cost="full fine-tuning of linear weights at first, dense gradients to the end",
+    when="every epoch, shrinking",
+    notes=(
+        "Weights compete in two levels: matrices for shares of the budget, in proportion to their "
+        "mean scores, and the weights of each matrix for its share. Starts with all and shrinks over "
+        "`rounds` epochs. In the paper the change of each matrix is made by a kernel of two factors, "
+        "and the scores, which are smoothed and multiplied by their uncertainty, are of these; here "
+        "they are of the weights. The authors keep 20 % (CIFAR) to 70 % (CUB)."
+    ),
+    source="the released code",
+    warning="The allocation alone is the authors'; scores of weights in its place are our choice.",
+    variant="released",
+    paper=("Kernelized Sparse Fine-Tuning with Bi-level Parameter Competition for Vision Models"),
+    authors="Shen, Shufan and Sun, Junshu and Wang, Shuhui and Huang, Qingming",
+    year=2025,
+    arxiv="2510.24037",
+)
+
+Recipe(
+    id="increlora",
+    title="IncreLoRA, growth for masks",
+    config={
+        "score": Sensitivity(map="abs"),
+        "density": 0.02,
+        "scope": "tensor",
+        "quota": "score",
+        "schedule": Schedule(
+            every=100, collect=1, now=True, change="grow", ramp="linear", rounds=10
+        ),
+    },
+    scores="|gradient of the step| * |weight|",
+    cost="a dense gradient every 100 steps",
+    when="every 100 steps, growing",
+    notes=(
+        "Starts with a tenth of the budget and adds a tenth in each of `rounds` changes, to each "
+        "matrix in proportion to its mean score; what is selected stays. The paper grows the ranks of "
+        "LoRAs, those of the best modules by one each; weights of a mask are here in the place of "
+        "ranks, and scores are not smoothed over steps."
+    ),
+    source="the released code",
+    warning="Masks in the place of ranks, and shares in the place of the best modules, are ours.",
+    variant="released",
+    paper="IncreLoRA: Incremental Parameter Allocation Method for Parameter-Efficient Fine-tuning",
+    authors=(
+        "Zhang, Feiyu and Li, Liangzhi and Chen, Junhao and Jiang, Zhouqiang and Wang, Bowen and "
+        "Qian, Yiming"
+    ),
+    year=2023,
+    arxiv="2308.12043",
 )
