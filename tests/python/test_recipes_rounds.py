@@ -299,6 +299,26 @@ def test_cure_looks_at_the_batch_that_it_is_given() -> None:
         assert engine.mask != mask
 
 
+def test_the_simpler_mode_of_cure_takes_the_gradient_of_the_step() -> None:
+    model = tiny.residual()
+    config = SelectConfig.named("cure", score="gradient", schedule={"collect": 1, "now": True})
+    optimizer = retouch.wrap(retouch.SGD, config, model, lr=1e-2, momentum=0.9, weight_decay=0.1)
+    for step in range(3):
+        held, batch, twin = snapshot(model), tiny.images(seed=step), tiny.residual()
+        twin.load_state_dict(held | dict(model.named_buffers()))
+        twin(**batch).loss.backward()
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for name, p in twin.named_parameters():
+            size = p.grad.abs()
+            frozen = size < size.double().quantile(0.3)
+            assert torch.equal(dict(own(model))[name][frozen], held[name][frozen]), name
+            if size.unique().numel() == size.numel():
+                count = retouch.get_engine(model).mask[name].count
+                assert p.numel() - count == math.ceil(0.3 * (p.numel() - 1))
+
+
 def test_row_times_column() -> None:
     model = Two([[1.0, -5.0, 2.0], [3.0, 0.5, -1.0]])
     found = of(RowColumn("magnitude"), model)["layers.0.weight"]

@@ -85,8 +85,10 @@ _CURE_NOTES = (
     "floating-point inputs: for images set bounds=(0, 1) in the score. Beside the mask the paper has "
     "an adversarial loss and a slow copy of the model, which are yours to add. The score is of the "
     "first batch of data=, read anew at every step: of a shuffled loader another batch each time; a "
-    "list of one batch that you replace before each step makes it the batch of the next one. What is "
-    "frozen stays, also under momentum and decay, which the released code lets move it."
+    "list of one batch that you replace before each step makes it the batch of the next one. The "
+    "simpler mode of the code, |gradient| of the whole loss of the very step: score='gradient', "
+    "schedule={'collect': 1, 'now': True}. What is frozen stays, also under momentum and decay, which "
+    "the released code lets move it."
 )
 
 Recipe(

@@ -120,21 +120,23 @@ def _sums(
 
         handles.append(module.register_forward_hook(take, with_kwargs=True))
 
+    def find(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        mask = kwargs.get("attention_mask")
+        last[0] = None
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            last[0] = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1)
+
     with kept(model), torch.no_grad():
         try:
+            handles.append(model.register_forward_pre_hook(find, with_kwargs=True))
             for layer in layers:
                 watch(layer, model.get_submodule(layer))
             model.eval()
             device = next((p.device for _, p in own_parameters(model)), torch.device("cpu"))
             for batch in data if isinstance(data, Batches) else Batches(data):
                 batch = to_device(batch, device)
-                mask = batch.get("attention_mask") if hasattr(batch, "get") else None
-                if mask is not None:
-                    places = torch.arange(mask.shape[1], device=mask.device)
-                    last[0] = (mask * places).argmax(1)
                 count += samples_in(batch)
                 _ = outputs_of(model, batch) if loss_fn is None else loss_fn(model, batch)
-                last[0] = None
         finally:
             for handle in handles:
                 handle.remove()
