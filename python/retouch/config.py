@@ -19,6 +19,7 @@ from retouch.configcheck import (
     Granularity,
     Kind,
     Polarity,
+    Quota,
     Scope,
     State,
     Ties,
@@ -120,6 +121,11 @@ class SelectConfig:
         "of modules of one kind that one module holds, as the projections of an attention; what a "
         "density leaves over goes to the same sets of other layers at random.",
         "global",
+    )
+    quota: Quota = _help(
+        "How a density is shared among the tensors or layers of the scope: size, each gets its own "
+        "density; score, in proportion to their mean scores (>= 0), at most all of one.",
+        "size",
     )
     group_size: int | None = _help(
         "How many consecutive elements of a row are a group: k=2, scope='group', group_size=4 "

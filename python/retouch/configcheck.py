@@ -10,6 +10,7 @@ from retouch.names import close_to, decoded_score, score_names
 
 Granularity = Literal["element", "row", "column", "block", "tensor", "expert", "layer"]
 Scope = Literal["global", "layer", "siblings", "tensor", "row", "group"]
+Quota = Literal["size", "score"]
 Direction = Literal["top", "bottom", "random", "weighted", "bernoulli"]
 Polarity = Literal["train", "freeze"]
 Ties = Literal["first", "all"]
@@ -24,6 +25,7 @@ FLAGS = ("heads", "output_embeddings", "embeddings", "norms", "norm_biases", "bi
 _WORDS: dict[str, tuple[str, ...]] = {
     "granularity": get_args(Granularity),
     "scope": get_args(Scope),
+    "quota": get_args(Quota),
     "direction": get_args(Direction),
     "polarity": get_args(Polarity),
     "ties": get_args(Ties),
@@ -188,6 +190,14 @@ def _check_scope(config: Any) -> None:
     ):
         what = "a threshold" if config.threshold is not None else "direction='bernoulli'"
         raise _wrong(f"{what} is the same everywhere, so scope={config.scope!r}")
+    if config.quota == "score" and (
+        config.scope not in ("tensor", "layer") or config.direction != "top"
+        or config.density is None or config.ties == "all"
+    ):  # fmt: skip
+        raise _wrong(
+            "quota='score' shares a density among tensors or layers by their scores: set density=, "
+            "scope='tensor' or 'layer', direction='top' and ties='first'"
+        )
     if config.quantile is not None and config.scope in ("row", "group"):
         raise _wrong(f"quantile with scope={config.scope!r}; wanted global, layer or tensor")
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["RULES", "HardConcrete", "Rule", "StraightThrough"]
+__all__ = ["RULES", "HardConcrete", "Proximal", "Rule", "StraightThrough"]
 
 
 class Rule(Protocol):
@@ -34,6 +34,9 @@ class Rule(Protocol):
 
     def rank(self, values: Sequence[Tensor]) -> Tensor:
         """A score of a product of gates: larger = more surely open."""
+
+    def shrink_(self, value: Tensor, kappa: float) -> None:
+        """Pulls the numbers towards closed gates, after a step, where the rule does so."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,55 @@ class StraightThrough:
         for value in values[1:]:
             least = torch.minimum(least, value)
         return least
+
+    def shrink_(self, value: Tensor, kappa: float) -> None:
+        """Nothing: the penalty closes these gates."""
+
+
+@dataclass(frozen=True)
+class Proximal:
+    """z = g, which is pulled towards 0 after each step and stays there when it arrives: an L1 penalty.
+
+    CoDyRA (arXiv 2412.01004). The proximal step of kappa is sign(g) max(|g| - kappa, 0); it takes the
+    place of a term in the loss, whose gradient never makes a number exactly 0. The paper starts from
+    normal noise, which may have any sign; here all gates start alike.
+
+    Attributes:
+        released: In the order of the released code, which takes kappa off first and then closes what
+            is below kappa, so that all up to twice kappa is closed.
+        init: What g starts from.
+    """
+
+    released: bool = False
+    init: float = 1.0
+    noisy: bool = field(default=False, init=False, repr=False)
+
+    def gate(self, value: Tensor, noise: Tensor | None) -> Tensor:
+        """See `Rule`."""
+        return value
+
+    def cost(self, value: Tensor) -> Tensor:
+        """Nothing: the proximal step is the penalty."""
+        return torch.zeros_like(value)
+
+    def open(self, value: Tensor) -> Tensor:
+        """See `Rule`."""
+        return (value.detach() != 0).to(value.dtype)
+
+    def rank(self, values: Sequence[Tensor]) -> Tensor:
+        """The smallest |g|: all are open where it is above 0."""
+        least = values[0].abs()
+        for value in values[1:]:
+            least = torch.minimum(least, value.abs())
+        return least
+
+    def shrink_(self, value: Tensor, kappa: float) -> None:
+        """See `Rule`."""
+        with torch.no_grad():
+            size = (value.abs() - kappa).clamp(min=0.0)
+            if self.released:
+                size = torch.where(size < kappa, 0.0, size)
+            value.copy_(torch.copysign(size, value))
 
 
 @dataclass(frozen=True)
@@ -116,9 +168,14 @@ class HardConcrete:
             total = total + F.logsigmoid(value - shift)
         return total
 
+    def shrink_(self, value: Tensor, kappa: float) -> None:
+        """Nothing: the penalty closes these gates."""
+
 
 RULES: dict[str, Rule] = {
     "straight_through": StraightThrough(),
     "raw": StraightThrough(hard=False),
     "hard_concrete": HardConcrete(),
+    "proximal": Proximal(),
+    "proximal_released": Proximal(released=True),
 }

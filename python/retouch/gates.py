@@ -39,15 +39,24 @@ from retouch.batches import Batches, to_device
 from retouch.config import SelectConfig, resolve
 from retouch.eligible import PLACE, Candidate, candidates
 from retouch.errors import EngineError, HyperparameterError, ScoreError
-from retouch.gaterules import RULES, HardConcrete, Rule, StraightThrough
+from retouch.gaterules import RULES, HardConcrete, Proximal, Rule, StraightThrough
 from retouch.masks import Mask
 from retouch.names import register_score
 from retouch.passes import Eligible, LossFn, kept, loss_of, undisturbed
 from retouch.scores import Score
 from retouch.select import select
 
-__all__ = ["Gates", "HardConcrete", "LearnedGates", "Rule", "StraightThrough", "install"]
+__all__ = [
+    "Gates",
+    "HardConcrete",
+    "LearnedGates",
+    "Proximal",
+    "Rule",
+    "StraightThrough",
+    "install",
+]
 
+Gate = Literal["straight_through", "raw", "hard_concrete", "proximal", "proximal_released"]
 Unit = Literal["element", "row", "column", "tensor", "layer"]
 
 
@@ -63,14 +72,15 @@ class LearnedGates(Score):
     train a new head before, or all of it in your own loop with `install`.
 
     Attributes:
-        gate: "straight_through" (TAPS), "raw" (z is the trained number itself) or "hard_concrete" (Diff
-            pruning).
+        gate: "straight_through" (TAPS), "raw" (z is the trained number itself), "hard_concrete" (Diff
+            pruning), "proximal" (CoDyRA) or "proximal_released" (its code).
         units: What has a gate: element, row, column, tensor, layer, or several, whose product is
             the gate of an element (the structured variant of Diff pruning: element and tensor).
         by: The score: "gate" (the number of the gate; of a product of straight-through gates the
             smallest, of hard-concrete gates the log of the probability to be open) or "change", the
             magnitude |z * change|.
-        penalty: Weight of the penalty, which is summed over gates.
+        penalty: Weight of the penalty, which is summed over gates; of proximal gates the kappa of the
+            last epoch, to which it rises by the epoch after the warmup.
         per: What the sum is divided by; None is the number of gates.
         epochs: Times that the data are gone through.
         warmup: Epochs before the penalty counts.
@@ -86,7 +96,7 @@ class LearnedGates(Score):
     """
 
     needs_data: ClassVar[bool] = True
-    gate: Literal["straight_through", "raw", "hard_concrete"] = "straight_through"
+    gate: Gate = "straight_through"
     units: Unit | tuple[Unit, ...] = "tensor"
     by: Literal["gate", "change"] = "gate"
     penalty: float = 1.0
@@ -162,6 +172,13 @@ class LearnedGates(Score):
             optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
         device = next(iter(gates.parameters())).device
         seen = 0
+
+        def step() -> None:
+            optimizer.step()
+            done = (epoch + 1 - self.warmup) / max(self.epochs - self.warmup, 1)
+            gates.shrink(self.penalty * done)
+            optimizer.zero_grad()
+
         for epoch in range(self.epochs):
             number = -1
             for number, batch in enumerate(batches):
@@ -171,12 +188,11 @@ class LearnedGates(Score):
                 loss.backward()
                 seen += 1
                 if seen % self.accumulate == 0:
-                    optimizer.step()
-                    optimizer.zero_grad()
+                    step()
             if number < 0:
                 raise ScoreError(f"the data hold no batch in epoch {epoch}")
         if seen % self.accumulate:
-            optimizer.step()
+            step()
 
 
 # --- gates on a model --------------------------------------------------------------------------------
@@ -304,6 +320,16 @@ class Gates(nn.Module):
         costs = torch.stack([self.rule.cost(gate).sum() for gate in self.gates])
         per = self.options.per or sum(gate.numel() for gate in self.gates)
         return costs.sum() * (self.options.penalty / per)
+
+    def shrink(self, kappa: float) -> None:
+        """The proximal step of gates that have one, after a step of the optimizer.
+
+        Args:
+            kappa: How far a gate is pulled towards 0; below 0 it is left alone.
+        """
+        for gate in self.gates:
+            if kappa > 0:
+                self.rule.shrink_(gate, kappa)
 
     def density(self) -> float:
         """The expected fraction of the gated coordinates that move."""

@@ -142,8 +142,8 @@ class NextMask:
         if s.change == "cycle":
             return self._cycled(number)
         config = self._with_budget(number)
-        if config.direction == "random":
-            config = dataclasses.replace(config, seed=_mixed(config.seed, number))
+        # Draws, shuffled data and dropout differ between changes.
+        config = dataclasses.replace(config, seed=_mixed(config.seed, number))
         if s.change in ("replace", "freeze") or (number == 0 and s.change == "shrink"):
             return self._select(config, collected)
         active = {n: s.selection for n, s in self._engine.slots.items() if n in self._masked}
@@ -347,7 +347,9 @@ class NextMask:
             if s.signal == "grad_change_l1":
                 self._changed(name, grad)
             else:
-                self._now[name] = _l1(grad) / (grad.numel() if s.signal.endswith("mean") else 1)
+                self._now[name] = ops.total(grad.abs()) / (
+                    grad.numel() if s.signal.endswith("mean") else 1
+                )
 
     def _note_weights(self) -> None:
         self._now = {}
@@ -361,16 +363,8 @@ class NextMask:
         """Compares with the last check; the first one has nothing to compare with."""
         before = self.before.get(name)
         if before is not None and before.shape == value.shape:
-            self._now[name] = _l1(value - before.to(value.device))
+            self._now[name] = ops.total((value - before.to(value.device)).abs())
         self.before[name] = value.detach().clone()
-
-
-def _l1(tensor: Tensor) -> float:
-    """In float64 by rows, which does not depend on the number of threads."""
-    flat = tensor.detach().abs().reshape(-1)
-    pad = (-flat.numel()) % 1024
-    rows = nn.functional.pad(flat, (0, pad)).view(-1, 1024).sum(1, dtype=torch.float64)
-    return float(math.fsum(rows.tolist()))
 
 
 def _mixed(seed: int, number: int) -> int:

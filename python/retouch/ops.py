@@ -9,6 +9,7 @@ more. Values are widened on load, computed in float32 (float64 for float64 weigh
 """
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -68,6 +69,13 @@ def value_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _tensor(positions: np.ndarray) -> Tensor:
     return torch.from_numpy(positions)
+
+
+def total(tensor: Tensor) -> float:
+    """The sum in float64; by rows, so that it does not depend on the number of threads."""
+    flat = tensor.detach().reshape(-1)
+    rows = torch.nn.functional.pad(flat, (0, -flat.numel() % 1024)).view(-1, 1024)
+    return math.fsum(rows.sum(1, dtype=torch.float64).tolist())
 
 
 # --- selecting ---------------------------------------------------------------------------------

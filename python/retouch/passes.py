@@ -113,8 +113,10 @@ def outputs_of(model: nn.Module, batch: Any) -> Any:
     return model(batch) if isinstance(batch, Tensor) else model(*batch)
 
 
-def loss_of(model: nn.Module, batch: Any, loss_fn: LossFn | None, number: int) -> Tensor:
-    """The loss of a batch, checked."""
+def loss_of(
+    model: nn.Module, batch: Any, loss_fn: LossFn | None, number: int, *, slope: bool = True
+) -> Tensor:
+    """The loss of a batch, checked; with `slope` also that it has a gradient."""
     loss: Any
     if loss_fn is not None:
         loss = loss_fn(model, batch)
@@ -137,7 +139,7 @@ def loss_of(model: nn.Module, batch: Any, loss_fn: LossFn | None, number: int) -
         raise ScoreError(
             f"the loss of batch {number} is {float(loss.detach())}; wanted a finite number"
         )
-    if not loss.requires_grad:
+    if slope and not loss.requires_grad:
         raise ScoreError(
             f"the loss of batch {number} does not depend on any eligible parameter (was it computed "
             "under no_grad, or detached?)"

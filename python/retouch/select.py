@@ -19,10 +19,11 @@ from retouch.batches import Batches
 from retouch.collected import Collected
 from retouch.config import BUDGETS, SelectConfig, resolve
 from retouch.eligible import Candidate, as_units, candidates, from_units
-from retouch.errors import BudgetError, HyperparameterError
+from retouch.errors import BudgetError, HyperparameterError, ScoreError
 from retouch.masks import Mask
 from retouch.parts import Part, parts, plain
 from retouch.passes import LossFn, undisturbed
+from retouch.quotas import shares
 from retouch.scores import Magnitude, Score, as_score
 from retouch.selection import Selection
 
@@ -131,7 +132,11 @@ def _choose(
     groups: dict[str, list[Part]] = {}
     for part in found:
         groups.setdefault(part.group, []).append(part)
-    quotas = _quotas(config, groups) if config.scope == "siblings" else {}
+    quotas: Mapping[str, int] = {}
+    if config.scope == "siblings":
+        quotas = _quotas(config, groups)
+    elif config.quota == "score":
+        quotas = _by_score(config, groups)
     chosen: dict[str, Selection] = {}
     for group, members in groups.items():
         names, values = [p.name for p in members], [p.values for p in members]
@@ -191,6 +196,34 @@ def _quotas(config: SelectConfig, groups: Mapping[str, Sequence[Part]]) -> dict[
     return quotas
 
 
+def _by_score(config: SelectConfig, groups: Mapping[str, Sequence[Part]]) -> dict[str, int]:
+    """How many of each group, by the mean of its finite scores.
+
+    Units with a score of infinity are given: they are in the share of their group. Those of minus
+    infinity are nobody's.
+    """
+    units, given, most, weights = 0, [], [], []
+    for group, members in groups.items():
+        values = [p.values for p in members]
+        finite = [v[torch.isfinite(v)] for v in values]
+        count = sum(v.numel() for v in finite)
+        mean = sum(ops.total(v) for v in finite) / max(count, 1)
+        if mean < 0:
+            raise ScoreError(
+                f"the scores of {group} have the mean {mean:g}, and quota='score' shares a budget in "
+                "proportion to means: wanted scores >= 0"
+            )
+        weights.append(mean)
+        given.append(sum(int((v == math.inf).sum()) for v in values))
+        most.append(count)
+        units += sum(p.units for p in members)
+    total = _floor(config.density, units)
+    if total < sum(given):
+        given, most = shares(given, given, total), [0] * len(given)
+    found = shares(weights, most, total - sum(given))
+    return {group: a + b for group, a, b in zip(groups, given, found, strict=True)}
+
+
 def _together(found: Sequence[Part], picked: Sequence[Tensor]) -> dict[str, Selection]:
     chosen: dict[str, Selection] = {}
     for part, positions in zip(found, picked, strict=True):
@@ -205,6 +238,7 @@ def _ranks_weights_themselves(
     dtypes = {c.param.dtype for c in masked.values()}
     return (
         isinstance(score, Magnitude)
+        and config.quota == "size"
         and config.granularity == "element"
         and config.direction != "random"
         and len(dtypes) == 1

@@ -11,7 +11,14 @@ from training import assert_frozen, assert_same, snapshot
 
 import retouch
 from retouch import SelectConfig, errors, select
-from retouch.gates import HardConcrete, LearnedGates, StraightThrough, install
+from retouch.gates import (
+    Gates,
+    HardConcrete,
+    LearnedGates,
+    Proximal,
+    StraightThrough,
+    install,
+)
 from retouch.masks import Mask
 
 
@@ -160,6 +167,43 @@ def test_the_gradient_of_a_drawn_gate_is_that_of_its_own_noise() -> None:
         else:
             assert gate.grad.item() == 0.0
     assert 2 < inside < 18  # the noise changes from pass to pass
+
+
+def test_proximal_steps_of_codyra() -> None:
+    """The oracle of both variants; what lands on kappa itself is left to rounding, so not in it."""
+    g = [0.010, 0.007, 0.004, -0.012, 0.0]
+    for rule, wanted in (
+        (Proximal(), [0.005, 0.002, 0.0, -0.007, 0.0]),
+        (Proximal(released=True), [None, 0.0, 0.0, -0.007, 0.0]),
+    ):
+        value = torch.tensor(g)
+        rule.shrink_(value, 0.005)
+        for got, want in zip(value.tolist(), wanted, strict=True):
+            assert want is None or got == pytest.approx(want, abs=1e-7)
+        assert rule.open(value)[2:].tolist() == [0.0, 1.0, 0.0]
+        assert rule.open(value)[1] == (0.0 if rule.released else 1.0)
+        assert rule.rank([value]).tolist() == value.abs().tolist()
+        assert rule.rank([value, torch.full((5,), 0.001)]).max() == pytest.approx(0.001)
+        assert float(rule.cost(value).sum()) == 0.0
+
+
+def test_proximal_gates_close_what_is_not_needed(monkeypatch) -> None:
+    """The change of a closed gate is 0, and the threshold rises over the epochs after the warmup."""
+    model, used = Scale(), []
+    gates = install(model, config("tensor", "proximal"))
+    change, gate = only(gates)
+    with torch.no_grad():
+        gate.fill_(0.1)
+        change.fill_(0.3)
+    gates.shrink(0.2)
+    model()
+    assert gate.item() == 0.0 and model.body.weight.item() == 0.5 and gates.density() == 0.0
+    gates.remove()
+    score = LearnedGates("proximal", penalty=0.4, epochs=4, warmup=2, lr=0.0)
+    monkeypatch.setattr(Gates, "shrink", lambda self, kappa: used.append(kappa))
+    fields = {"density": 0.5, "granularity": "tensor"}
+    select(llama(), SelectConfig(score=score, **fields), data=batches()[:1])
+    assert used == pytest.approx([-0.2, 0.0, 0.2, 0.4])
 
 
 def test_a_product_of_gates() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import BatchEncoding
 
-from retouch import SelectConfig, errors, scores, wrap
+from retouch import SelectConfig, errors, wrap
 from retouch.batches import Batches
 from retouch.eligible import candidates
 from retouch.masks import Mask
@@ -399,75 +399,3 @@ def test_statistics_that_do_not_exist(field: str) -> None:
         errors.HyperparameterError, match=f"GradStat: {field}='cube'; wanted one of"
     ):
         GradStat(**{field: "cube"})
-
-
-# --- arithmetic, functions, names ------------------------------------------------------------------
-
-
-def double(model, eligible, data, loss_fn):
-    return {name: 2 * c.param.detach() for name, c in eligible.items()}
-
-
-def test_arithmetic() -> None:
-    model = tiny.bert()
-    weight = {n: p.detach() for n, p in model.named_parameters()}
-    m = Magnitude()
-    for score, want in [
-        (m + 1, lambda w: w.abs() + 1), (1 - m, lambda w: 1 - w.abs()),
-        (2 * m - m, lambda w: w.abs()), (m / (m + 1e-8), lambda w: w.abs() / (w.abs() + 1e-8)),
-        (1 / (m + 1) ** 0.5, lambda w: 1 / (w.abs() + 1).sqrt()), (m * double, lambda w: w.abs() * 2 * w),
-        (1.5 + m, lambda w: w.abs() + 1.5),
-    ]:  # fmt: skip
-        for name, found in of(score, model).items():
-            torch.testing.assert_close(found, want(weight[name]))
-    with pytest.raises(errors.HyperparameterError, match="no score"):
-        m + "x"
-    with pytest.raises(errors.HyperparameterError, match="op='%'"):
-        scores.Combined("%", m, m)
-
-
-def test_needs_data() -> None:
-    assert Fisher().needs_data and (Magnitude() + Fisher()).needs_data
-    assert not Magnitude().needs_data and not (Magnitude() + Random(1)).needs_data
-
-
-def test_functions_are_checked() -> None:
-    model = tiny.bert()
-    name = next(iter(eligible(model)))
-    for wrong, message in [
-        (lambda *a: None, "returned a NoneType"),
-        (lambda *a: {}, f"gave NoneType for {name}"),
-        (lambda m, e, d, f: {n: c.param.detach().flatten() for n, c in e.items()}, "of shape"),
-        (lambda m, e, d, f: {n: c.param.detach().int() for n, c in e.items()}, "gave torch.int32"),
-    ]:
-        with pytest.raises(errors.ScoreError, match=message):
-            of(scores.as_score(wrong), model)
-    found = of(scores.as_score(double), model)
-    assert torch.equal(found[name], 2 * model.get_parameter(name))
-
-
-def test_names() -> None:
-    assert scores.as_score("fisher") == Fisher() and scores.as_score("random", 7) == Random(7)
-    assert scores.as_score(Fisher) == Fisher()
-    assert {"fisher", "gradient", "magnitude", "random", "sensitivity"} <= set(scores.score_names())
-    for wrong in ("fishr", 3, None, int):
-        with pytest.raises(errors.HyperparameterError, match="no score"):
-            scores.as_score(wrong)
-    with pytest.raises(errors.HyperparameterError, match="'fisher' is taken"):
-        scores.register("fisher")(double)
-
-
-def test_registered_functions_can_be_saved_and_others_cannot() -> None:
-    scores.register("test-double")(double)
-    kept = SelectConfig(score=double, density=0.1)
-    assert kept.to_dict()["score"] == "test-double"
-    model = tiny.bert()
-    again = SelectConfig.from_dict(kept.to_dict())
-    found = of(scores.as_score(again.score), model)
-    assert torch.equal(next(iter(found.values())), 2 * next(model.parameters()))
-
-    lost = SelectConfig(score=lambda *a: {}, density=0.1)
-    again = SelectConfig.from_dict(lost.to_dict())
-    assert again.to_dict() == lost.to_dict()
-    with pytest.raises(errors.ScoreError, match="a function of the user"):
-        scores.as_score(again.score)

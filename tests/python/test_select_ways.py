@@ -1,15 +1,19 @@
 """Freezing instead of training, quantiles, ties, draws, experts, siblings: ways to choose beyond the top."""
 
 import math
+from fractions import Fraction
 
 import pytest
 import tiny
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import retouch
 from retouch import SelectConfig, ops, order, select
 from retouch.errors import BudgetError, HyperparameterError, ScoreError
+from retouch.quotas import shares
 
 
 def scored(*values: Tensor):
@@ -128,6 +132,9 @@ def test_ties_can_overshoot() -> None:
         ({"direction": "bernoulli", "scope": "tensor"}, "the same everywhere"),
         ({"direction": "weighted", "threshold": 0.5}, "ranks nothing, so no threshold"),
         ({"density": 0.5, "scope": "siblings"}, "granularity='element' with scope='siblings'"),
+        ({"density": 0.5, "quota": "score"}, "quota='score' shares a density among tensors"),
+        ({"k": 5, "scope": "tensor", "quota": "score"}, "quota='score' shares a density"),
+        ({"density": 0.5, "quota": "rank"}, "quota='rank'; wanted one of size, score"),
         (
             {"density": 0.5, "polarity": "freeze", "heads": "full", "counted_in_budget": True},
             "counted_in_budget needs",
@@ -137,6 +144,59 @@ def test_ties_can_overshoot() -> None:
 def test_what_does_not_fit_together(fields, message: str) -> None:
     with pytest.raises(HyperparameterError, match=message):
         SelectConfig(score="magnitude", **fields)
+
+
+# --- quotas by score ---------------------------------------------------------------------------------------
+
+
+def test_the_oracle_of_snella() -> None:
+    """Scores (1, 1, 2), sizes (10, 100, 100), 100 in all: what is over 10 goes to the others 1:2."""
+    assert shares([1.0, 1.0, 2.0], [10, 100, 100], 100) == [10, 30, 60]
+    values = [
+        torch.linspace(0.5, 1.5, 10),
+        torch.linspace(0.5, 1.5, 100),
+        torch.linspace(1.0, 3.0, 100),
+    ]
+    model, score = scored(*values)
+    config = SelectConfig(score=score, density=0.477, scope="tensor", quota="score")  # 100 of 210
+    mask = select(model, config)
+    assert [len(chosen(mask, i)) for i in range(3)] == [10, 30, 60]
+    assert chosen(mask, 1) == list(range(70, 100)) and chosen(mask, 2) == list(range(40, 100))
+    even = select(model, SelectConfig(score=score, density=0.477, scope="tensor"))
+    assert [len(chosen(even, i)) for i in range(3)] == [4, 47, 47]
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 1e6), st.integers(0, 50)), min_size=1, max_size=8),
+    st.integers(0, 250),
+)
+def test_shares_spend_the_total_in_proportion(groups, total: int) -> None:
+    weights, most = [w for w, _ in groups], [m for _, m in groups]
+    found = shares(weights, most, total)
+    assert sum(found) == min(total, sum(most))
+    assert all(0 <= f <= m for f, m in zip(found, most, strict=True))
+    free = [i for i in range(len(groups)) if found[i] < most[i]]
+    for i in free:
+        for j in free:  # in proportion to the weights, but for the unit that is rounded
+            assert (found[i] - 1) * Fraction(weights[j]) <= (found[j] + 1) * Fraction(weights[i])
+
+
+def test_pinned_scores_are_in_the_share_of_their_group() -> None:
+    inf = math.inf
+    model, score = scored(
+        torch.tensor([inf, inf, 1.0, 1.0]), torch.tensor([5.0, 5.0, 5.0, -inf]), torch.zeros(4)
+    )
+    config = SelectConfig(score=score, density=0.5, scope="tensor", quota="score")
+    mask = select(model, config)  # 6: two are given, and of 4 more 1:5 are 0.7 and 3.3, at most 3
+    assert [chosen(mask, i) for i in range(3)] == [[0, 1, 2], [0, 1, 2], []]
+    few = select(model, config, density=0.1)
+    assert few.count == 1 and chosen(few, 0) == [0]
+    below, bad = scored(torch.tensor([-1.0, -2.0]), torch.tensor([1.0, float("nan")]))
+    with pytest.raises(ScoreError, match=r"layers.0.weight have the mean -1.5"):
+        select(below, SelectConfig(score=bad, density=0.5, scope="tensor", quota="score"))
+    nan, bad = scored(torch.tensor([1.0, 2.0]), torch.tensor([1.0, float("nan")]))
+    with pytest.raises(ScoreError, match=r"layers.1.weight.*NaN"):
+        select(nan, SelectConfig(score=bad, density=0.5, scope="tensor", quota="score"))
 
 
 # --- ranks and draws ---------------------------------------------------------------------------------------

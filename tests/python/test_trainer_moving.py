@@ -11,6 +11,7 @@ import retouch
 from retouch import Schedule, SelectConfig
 from retouch.engine import get_engine, verify_untouched
 from retouch.errors import EngineError
+from retouch.scores import Fisher, HardExamples, SoftRank, robust_gradient
 
 CONFIGS = {
     "layers": SelectConfig(
@@ -27,6 +28,17 @@ CONFIGS = {
     "data": SelectConfig(score="fisher", density=0.02, schedule=Schedule(every=2)),
     "epochs": SelectConfig(
         direction="random", density=0.02, schedule=Schedule(every=1, unit="epoch")
+    ),
+    "hard": SelectConfig(
+        score=HardExamples(Fisher(), samples=5), density=0.02, schedule=Schedule(every=2)
+    ),
+    "drawn": SelectConfig(
+        score=SoftRank(Fisher(level="batch"), alpha=0.9, beta=10.0), direction="bernoulli",
+        max_batches=2, schedule=Schedule(every=2),
+    ),
+    "attacked": SelectConfig(
+        score=robust_gradient(0.1, steps=1), density=0.02, max_batches=1,
+        schedule=Schedule(every=1),
     ),
 }  # fmt: skip
 configs = pytest.mark.parametrize("name", CONFIGS)

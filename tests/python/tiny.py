@@ -4,6 +4,7 @@ import warnings
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -13,6 +14,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
 )
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 VOCABULARY = 31
 
@@ -64,6 +66,42 @@ def labelled(rows: int = 4, labels: int = 3, seed: int = 0) -> dict[str, Tensor]
     """A batch of a classifier; the label can be read off the first token."""
     ids = tokens(rows, seed=seed)
     return {"input_ids": ids, "labels": ids[:, 0] % labels}
+
+
+class Residual(nn.Module):
+    """A stem and two residual blocks with the names of a ResNet, a norm in each, a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, padding=1)
+        self.layer1 = nn.ModuleList()
+        for _ in range(2):
+            block = nn.Module()
+            block.conv1, block.conv2 = (nn.Conv2d(8, 8, 3, padding=1) for _ in range(2))
+            block.bn1 = nn.BatchNorm2d(8)
+            self.layer1.append(block)
+        self.fc = nn.Linear(8, 3)
+
+    def forward(self, pixel_values: Tensor, labels: Tensor) -> SequenceClassifierOutput:
+        x = self.conv1(pixel_values)
+        for block in self.layer1:
+            x = x + block.conv2(torch.relu(block.bn1(block.conv1(x))))
+        logits = self.fc(x.mean((2, 3)))
+        return SequenceClassifierOutput(loss=F.cross_entropy(logits, labels), logits=logits)
+
+
+def residual(seed: int = 0) -> Residual:
+    torch.manual_seed(seed)
+    return Residual()
+
+
+def images(rows: int = 8, seed: int = 0) -> dict[str, Tensor]:
+    """A batch of a classifier of images; the label is the brightest channel."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.rand(rows, 3, 6, 6, generator=generator) / 2
+    labels = torch.randint(0, 3, (rows,), generator=generator)
+    pixels[torch.arange(rows), labels] += 0.5
+    return {"pixel_values": pixels, "labels": labels}
 
 
 class Dot(nn.Module):

@@ -24,6 +24,14 @@ OUTSIDE_LAYERS = r"(?!(.*\.)?\d+\.)(.*\.)?(weight|bias)"
 EVERYTHING = r"(.*\.)?(weight|bias)"
 # Numbered from 0, as module lists are.
 LAYERS_9_TO_14 = r"(.*\.)?(layers?|h|blocks?)\.(9|1[0-4])"
+# Of the residual blocks of a ResNet, without the stem; and all else.
+FIRST_CONVS = r".+\.conv1\.weight"
+BUT_FIRST_CONVS = r"(?!.+\.conv1\.weight)(.*\.)?(weight|bias)"
+# Of a PEFT model.
+LORA_FACTORS = r"(.*\.)?lora_(embedding_)?[AB]\..*"
+LORA_A = r"(.*\.)?lora_(embedding_)?A\..*"
+LORA_B = r"(.*\.)?lora_(embedding_)?B\..*"
+LORA_BASES = r"(.*\.)?base_layer"
 
 WORDS = {
     "all-linear": "linear weights",
@@ -40,4 +48,10 @@ WORDS = {
     OUTSIDE_LAYERS: "everything outside of layers",
     EVERYTHING: "everything",
     LAYERS_9_TO_14: "layers 9 to 14",
+    FIRST_CONVS: "first convolutions of blocks",
+    BUT_FIRST_CONVS: "everything else",
+    LORA_FACTORS: "factors of LoRAs",
+    LORA_A: "factors A of LoRAs",
+    LORA_B: "factors B of LoRAs",
+    LORA_BASES: "weights that have a LoRA",
 }

@@ -10,11 +10,17 @@ from retouch.recipes._modules import (
     OUTSIDE_LAYERS,
 )
 from retouch.recipes._registry import Recipe
+from retouch.schedules import Schedule
+from retouch.scores import CosineGap
 
 _HFT: dict[str, Any] = {
     "scores": "chance",
     "cost": "none",
     "source": "summaries of the paper, and a re-implementation",
+    "warning": (
+        "We have not read the paper itself; that floor(L / 2) of L layers freeze two matrices of the "
+        "MLP is from a re-implementation."
+    ),
     "variant": "paper",
     "paper": "HFT: Half Fine-Tuning for Large Language Models",
     "year": 2024,
@@ -25,7 +31,14 @@ _HALVES: dict[str, Any] = {
     "polarity": "freeze",
     "density": 0.5,
 }
-_ROUNDS = " The paper draws anew in each round or task: select with another seed."
+_CATEGORIES: dict[str, Any] = _HALVES | {
+    "granularity": "tensor",
+    "scope": "siblings",
+    "norms": "masked",
+    "embeddings": "full",
+    "heads": "full",
+}
+_ROUNDS = " The paper draws anew in each round or task: `hft-rounds`, or another seed."
 
 Recipe(
     id="bitfit",
@@ -93,6 +106,55 @@ Recipe(
 )
 
 Recipe(
+    id="cu-icu",
+    title="CU-ICU, a preset of ours",
+    config={"target_modules": [], "norms": "full"},
+    scores="nothing",
+    cost="none",
+    notes=(
+        "The gains of the norms of a T5, less than 1 % of it, to be used with few-shot prompts. The "
+        "paper compares known parameter-efficient methods on T5 models; what is readable of it gives "
+        "no selection of its own, so this row is a preset of that size and not its algorithm."
+    ),
+    source="the abstract",
+    warning="The paper describes no selection that could be followed; norms are our choice.",
+    variant="paper",
+    paper=(
+        "CU-ICU: Customizing Unsupervised Instruction-Finetuned Language Models for ICU Datasets "
+        "via Text-to-Text Transfer Transformer"
+    ),
+    year=2025,
+    arxiv="2507.13655",
+)
+
+Recipe(
+    id="sppft-gap",
+    title="SPPFT, cosine gap",
+    config={
+        "score": CosineGap(),
+        "granularity": "layer",
+        "polarity": "freeze",
+        "k": 6,
+        "target_modules": IN_LAYERS,
+        "modules_to_save": OUTSIDE_LAYERS,
+    },
+    scores="growth of the angle between harmful and normal prompts",
+    cost="a forward pass of both kinds of prompts",
+    notes=(
+        "Freezes the layers in which harmful prompts part most from normal ones, of any chat model: "
+        "pass score=retouch.scores.CosineGap(harmful prompts), and normal prompts as data. The paper "
+        "takes a range of layers, from where the gap appears to where it stops growing, and then "
+        "moves its ends by counting over-rejections. 6 of 32 layers in Llama-2-7b-chat."
+    ),
+    source="the abstract and reviews",
+    warning="Taking the k layers of largest growth, which need not be one range, is our reading.",
+    variant="paper",
+    paper="Safety Layers in Aligned Large Language Models: The Key to LLM Security",
+    year=2024,
+    arxiv="2408.17003",
+)
+
+Recipe(
     id="sppft",
     title="SPPFT, safety layers",
     config={
@@ -105,8 +167,8 @@ Recipe(
     notes=(
         "Everything is trained but the layers that keep a chat model safe. The range is that of "
         "Llama-2-7b-chat; for any other model find its own and pass exclude_modules. The paper "
-        "finds it from hidden states and over-rejection, which is not in retouch. Nearly the whole "
-        "model is selected, so nothing is saved in memory."
+        "finds it from hidden states (`sppft-gap`) and from over-rejection, which is not in retouch. "
+        "Nearly the whole model is selected, so nothing is saved in memory."
     ),
     source="a reproduction and reviews",
     warning="The range, and whether it counts layers from 0, are from third parties.",
@@ -191,19 +253,24 @@ Recipe(
 Recipe(
     id="hft",
     title="HFT, by category",
-    config=_HALVES
-    | {
-        "granularity": "tensor",
-        "scope": "siblings",
-        "norms": "masked",
-        "embeddings": "full",
-        "heads": "full",
-    },
+    config=_CATEGORIES,
     notes=(
         "Freezes two of the four matrices of each attention, one or two of the three of each MLP (in "
         "half of the layers each) and one norm of two; embeddings and output are trained whole. A "
         "module that fuses several projections counts as one; biases of linear layers are frozen."
         + _ROUNDS
+    ),
+    **_HFT,
+)
+
+Recipe(
+    id="hft-rounds",
+    title="HFT, by category, in rounds",
+    config=_CATEGORIES | {"schedule": Schedule(every=1, unit="epoch", state="reset")},
+    when="every epoch",
+    notes=(
+        "As `hft`, another half in each epoch, with a new optimizer state. In the paper a round is a "
+        "task or a part of the data: call get_engine(model).mover.new_epoch() where one ends."
     ),
     **_HFT,
 )

@@ -1,7 +1,7 @@
 """What all scores have in common: calling, arithmetic, and what a config may name."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -19,6 +19,9 @@ _OPERATIONS: dict[str, Callable[[Any, Any], Any]] = {
     "*": lambda a, b: a * b,
     "/": lambda a, b: a / b,
     "**": lambda a, b: a**b,
+    # both give NaN where either side is NaN
+    "min": lambda a, b: torch.minimum(*_tensors(a, b)),
+    "max": lambda a, b: torch.maximum(*_tensors(a, b)),
 }
 
 
@@ -86,6 +89,19 @@ class Score(ABC):
     def __pow__(self, other: Any) -> "Combined":
         return Combined("**", self, other)
 
+    def __abs__(self) -> "Combined":
+        return maximum(self, 0.0 - self)
+
+
+def minimum(left: Any, right: Any) -> "Combined":
+    """The smaller of two scores, or of a score and a number, elementwise."""
+    return Combined("min", left, right)
+
+
+def maximum(left: Any, right: Any) -> "Combined":
+    """The larger of two scores, or of a score and a number, elementwise."""
+    return Combined("max", left, right)
+
 
 def _plain(value: Any) -> Any:
     return value.to_dict() if isinstance(value, Score) else value
@@ -94,7 +110,10 @@ def _plain(value: Any) -> Any:
 @register("combined", alone=False)
 @dataclass(frozen=True)
 class Combined(Score):
-    """Two scores, or a score and a number, put together elementwise by ``+ - * / **``.
+    """Two scores, or a score and a number, put together elementwise by ``+ - * / ** min max``.
+
+    Equal scores anywhere in an expression are one, which is computed once. All scores of an
+    expression are in memory together; what is made of them is so for one parameter at a time.
 
     Attributes:
         op: The operation.
@@ -128,15 +147,50 @@ class Combined(Score):
         data: Any = None,
         loss_fn: LossFn | None = None,
     ) -> dict[str, Tensor]:
-        """See `Score`; data are read once for each side that needs them."""
-        sides = []
+        """See `Score`; data are read once for each different score that needs them."""
+        found: list[tuple[Score, dict[str, Tensor]]] = []
+        for part in self._parts():
+            if not any(_same(part, known) for known, _ in found):
+                found.append((part, part(model, eligible, data, loss_fn)))
+        scores = {}
+        for name in eligible:
+            values = [(part, tensors.pop(name)) for part, tensors in found]
+            scores[name] = self._value(values)
+        return scores
+
+    def _parts(self) -> Iterator[Score]:
+        """The scores that the expression is made of, as often as they occur."""
         for side in (self.left, self.right):
-            if isinstance(side, Score):
-                sides.append(side(model, eligible, data, loss_fn))
+            if isinstance(side, Combined):
+                yield from side._parts()
+            elif isinstance(side, Score):
+                yield side
+
+    def _value(self, values: Sequence[tuple[Score, Tensor]]) -> Any:
+        """The expression for one parameter."""
+        sides: list[Any] = []
+        for side in (self.left, self.right):
+            if isinstance(side, Combined):
+                sides.append(side._value(values))
+            elif isinstance(side, Score):
+                sides.append(next(tensor for part, tensor in values if _same(part, side)))
             else:
-                sides.append(dict.fromkeys(eligible, side))
-        combine = _OPERATIONS[self.op]
-        return {n: combine(sides[0].pop(n), sides[1].pop(n)) for n in eligible}
+                sides.append(side)
+        return _OPERATIONS[self.op](*sides)
+
+
+def _same(a: Score, b: Score) -> bool:
+    try:
+        return a is b or a == b
+    except RuntimeError:  # fields that hold tensors, which are not known to be equal
+        return False
+
+
+def _tensors(a: Any, b: Any) -> tuple[Tensor, Tensor]:
+    """Both as tensors; a number takes the dtype and device of the other side."""
+    like = a if isinstance(a, Tensor) else b
+    left, right = (x if isinstance(x, Tensor) else like.new_tensor(x) for x in (a, b))
+    return left, right
 
 
 @dataclass(frozen=True)
