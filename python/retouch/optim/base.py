@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from retouch.errors import HyperparameterError, LayoutError
+from retouch.selection import Selection
 from retouch.slots import Slot, slot_of
 
 Decay = Literal["weight", "base"]
@@ -134,6 +135,27 @@ class Fused(Optimizer):
                     if slot is not None and at.elements and self._scatters:
                         slot.wrote()
         return loss
+
+    def unpack_state(
+        self, value: Tensor, selection: Selection, state: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The state of a value with every tensor (but the clock) of the value's shape.
+
+        In this form state is carried along when a mask moves: `retouch.migrate` knows coordinates
+        and nothing of factors or codes.
+
+        Args:
+            value: What is stepped.
+            selection: What it is of its weight.
+            state: As the optimizer keeps it.
+        """
+        return state
+
+    def pack_state(
+        self, value: Tensor, selection: Selection, state: dict[str, Any]
+    ) -> dict[str, Any]:
+        """What `unpack_state` gave, as the optimizer keeps it; the value may be another by now."""
+        return state
 
     def _check(self, group: dict[str, Any]) -> None:
         for key, off in self._off:
