@@ -59,6 +59,7 @@ class Engine(Container):
         mask: The mask in force, None before the first.
         reducer: What averages gradients over processes; None where there is one process.
         gradient: How gradients are taken: "auto", "sampled" or "dense".
+        masters: Whether the values of 16-bit weights are float32.
         measure: Measure the next optimizer steps (two O(k) copies a step); see `metrics`.
         hashes: Fingerprint of each parameter when the mask was set; empty without fingerprints.
         base_buffers: Persistent buffers of the model when the mask was set (copies on the CPU).
@@ -67,11 +68,13 @@ class Engine(Container):
     """
 
     def __init__(
-        self, model: nn.Module, *, fingerprint: bool = True, gradient: str = "auto"
-    ) -> None:
+        self, model: nn.Module, *, fingerprint: bool = True, gradient: str = "auto",
+        masters: bool = True,
+    ) -> None:  # fmt: skip
         super().__init__()
         check_gradient(gradient)
         self.gradient = gradient
+        self.masters = masters
         self.slots: dict[str, Slot] = {}
         self.mask: Mask | None = None
         self.measure = False
@@ -118,7 +121,7 @@ class Engine(Container):
                 what = f"was resized from {slot.selection.shape} to {tuple(weight.shape)}"
             elif weight.dtype != slot.base.dtype:
                 what = f"was cast from {slot.base.dtype} to {weight.dtype}"
-            elif value.dtype != ops.value_dtype(weight.dtype) or value.shape != slot.base.shape:
+            elif value.dtype != self.value_dtype(weight.dtype) or value.shape != slot.base.shape:
                 what = f"has a compact value of {value.dtype} and shape {tuple(value.shape)}"
             elif value.device != weight.device:
                 what = f"is on {weight.device}, its compact value on {value.device}"
@@ -159,12 +162,16 @@ class Engine(Container):
             param = lookup(self.owner(), name)
             if param is None:
                 raise MaskError(f"the model has no parameter {name}")
-            dtype = ops.value_dtype(param.dtype)
+            dtype = self.value_dtype(param.dtype)
             value = nn.Parameter(torch.empty(0, dtype=dtype, device=param.device))
             self.place(name, value)
             self._values[name] = value
             self._names[id(value)] = name
         return self._values[name]
+
+    def value_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of the values of a weight."""
+        return ops.value_dtype(dtype) if self.masters else dtype
 
     @property
     def paths(self) -> dict[str, Path]:

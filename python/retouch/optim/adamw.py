@@ -10,6 +10,7 @@ from torch.optim.optimizer import ParamsT
 from retouch.optim import gates, steps
 from retouch.optim.base import At, Decay, Fused, at_least_zero, check_betas, like, tick
 from retouch.optim.gates import Gate
+from retouch.optim.rounding import Rounding
 
 
 class AdamW(Fused):
@@ -32,6 +33,10 @@ class AdamW(Fused):
             `retouch.optim.gates`. It is kept in the group as plain data, so a state dict has it.
         decay: "weight" decays towards 0; "base" towards what the weight held when the mask was set:
             the value becomes `value + lr * weight_decay * (base - value)`.
+        rounding: How a step of a 16-bit value is rounded: "master" trains it through a float32 value,
+            "stochastic" and "kahan" without one, see `retouch.optim.rounding`.
+        rounding_seed: Of stochastic rounding; each draw depends on seed, name, number of the step and
+            position in the weight alone.
 
     Raises:
         HyperparameterError: An option out of its range.
@@ -50,6 +55,8 @@ class AdamW(Fused):
         maximize: bool = False,
         gate: Gate | Mapping[str, Any] | None = None,
         decay: Decay = "weight",
+        rounding: Rounding = "master",
+        rounding_seed: int = 0,
     ) -> None:
         at_least_zero(lr=lr, eps=eps, weight_decay=weight_decay)
         check_betas(betas)
@@ -57,7 +64,7 @@ class AdamW(Fused):
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
             "maximize": maximize, "gate": gates.plain(gate),
         }  # fmt: skip
-        super().__init__(params, defaults, decay)
+        super().__init__(params, defaults, decay, rounding, rounding_seed)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as in torch; its `gate` may be an object of `retouch.optim.gates`."""
