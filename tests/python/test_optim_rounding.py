@@ -33,6 +33,7 @@ OPTIMIZERS = {
     "SGD": (retouch.SGD, {"lr": 0.1, "momentum": 0.9}),
     "plain SGD": (retouch.SGD, {"lr": 0.5}),
     "Lion": (retouch.Lion, {"lr": 1e-3, "weight_decay": 0.1}),
+    "Adafactor": (retouch.Adafactor, {"lr": 0.05}),
 }
 optimizers = pytest.mark.parametrize("name", OPTIMIZERS)
 both = pytest.mark.parametrize("rounding", ["stochastic", "kahan"])
@@ -174,7 +175,8 @@ def test_float32_weights_do_not_notice(rounding, name):
 @optimizers
 def test_kahan_stays_with_the_master(name):
     """Where the nearest 16-bit number alone loses most steps."""
-    steps, lr = 30, {"AdamW": 1e-4, "SGD": 3e-4, "plain SGD": 3e-3, "Lion": 1e-4}[name]
+    steps, lr = 30, {"AdamW": 1e-4, "SGD": 3e-4, "plain SGD": 3e-3, "Lion": 1e-4,
+                     "Adafactor": 1e-3}[name]  # fmt: skip
     master, _, _, before = run("master", name, steps=steps, lr=lr)
     model, _, optimizer, _ = run("kahan", name, steps=steps, lr=lr)
     far, off = 0.0, 0.0
@@ -287,7 +289,6 @@ def through_a_file(state):
 @optimizers
 def test_it_resumes_bit_for_bit_across_a_change_of_the_mask(rounding, name):
     cls, options = OPTIMIZERS[name]
-    # SGD and Lion have no clocks; AdamW's are one for each coordinate after the move.
 
     def start():
         model = net(BF16)

@@ -9,6 +9,7 @@ from torch.optim.optimizer import ParamsT
 
 from retouch.errors import HyperparameterError
 from retouch.optim.base import At, Decay, Fused, at_least_zero
+from retouch.optim.rounding import Rounding
 from retouch.selection import Selection
 
 State = dict[str, Any]
@@ -48,6 +49,10 @@ class Adafactor(Fused):
         relative_step: Let the step fall as `1 / sqrt(step)`. With both False it is `lr` itself, as
             `TrainingArguments(optim="adafactor")` has it.
         decay: "weight" decays towards 0, "base" towards what the weight held when the mask was set.
+        rounding: How a step of a 16-bit value is rounded: "master" trains it through a float32 value,
+            "stochastic" and "kahan" without one, see `retouch.optim.rounding`.
+        rounding_seed: Of stochastic rounding; each draw depends on seed, name, number of the step and
+            position in the weight alone.
 
     Raises:
         HyperparameterError: An option out of its range.
@@ -69,6 +74,8 @@ class Adafactor(Fused):
         scale_parameter: bool = True,
         relative_step: bool = True,
         decay: Decay = "weight",
+        rounding: Rounding = "master",
+        rounding_seed: int = 0,
     ) -> None:
         at_least_zero(lr=lr, weight_decay=weight_decay, minus_beta2_decay=-beta2_decay)
         if len(eps) != 2:
@@ -81,7 +88,7 @@ class Adafactor(Fused):
             "maximize": maximize, "scale_parameter": scale_parameter,
             "relative_step": relative_step,
         }  # fmt: skip
-        super().__init__(params, defaults, decay)
+        super().__init__(params, defaults, decay, rounding, rounding_seed)
 
     def _update(self, at: At, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         state, x = self.state[param], param.detach()
@@ -350,7 +357,7 @@ def _take_in(grad: Tensor, state: State, decay: float) -> Tensor:
 def _weight(step: Tensor, decay: float, like: Tensor) -> float | Tensor:
     """What the newest square weighs at a step, or at that of each coordinate."""
     if _shared(step):
-        return float(step) ** decay
+        return float(float(step) ** decay)
     return step.to(like.device, torch.float64).pow_(decay).to(like.dtype)
 
 
