@@ -206,6 +206,9 @@ class Binding:
                 step = state.get("step")
                 if step is not None:
                     state["step"] = torch.zeros_like(step) if isinstance(step, Tensor) else 0
+            for group in optimizer.param_groups:
+                if "rounding_step" in group:
+                    group["rounding_step"] = 0
         if self._before_step:
             self.measured = _measure(self._before_step)
             self._before_step = []

@@ -59,7 +59,7 @@ class Engine(Container):
         mask: The mask in force, None before the first.
         reducer: What averages gradients over processes; None where there is one process.
         gradient: How gradients are taken: "auto", "sampled" or "dense".
-        masters: Whether the values of 16-bit weights are float32.
+        narrow: Weights whose values have no more bits than they, see `retouch.optim.rounding`.
         measure: Measure the next optimizer steps (two O(k) copies a step); see `metrics`.
         hashes: Fingerprint of each parameter when the mask was set; empty without fingerprints.
         base_buffers: Persistent buffers of the model when the mask was set (copies on the CPU).
@@ -68,13 +68,12 @@ class Engine(Container):
     """
 
     def __init__(
-        self, model: nn.Module, *, fingerprint: bool = True, gradient: str = "auto",
-        masters: bool = True,
-    ) -> None:  # fmt: skip
+        self, model: nn.Module, *, fingerprint: bool = True, gradient: str = "auto"
+    ) -> None:
         super().__init__()
         check_gradient(gradient)
         self.gradient = gradient
-        self.masters = masters
+        self.narrow: set[str] = set()
         self.slots: dict[str, Slot] = {}
         self.mask: Mask | None = None
         self.measure = False
@@ -121,7 +120,9 @@ class Engine(Container):
                 what = f"was resized from {slot.selection.shape} to {tuple(weight.shape)}"
             elif weight.dtype != slot.base.dtype:
                 what = f"was cast from {slot.base.dtype} to {weight.dtype}"
-            elif value.dtype != self.value_dtype(weight.dtype) or value.shape != slot.base.shape:
+            elif (
+                value.dtype != self.value_dtype(slot.name, weight) or value.shape != slot.base.shape
+            ):
                 what = f"has a compact value of {value.dtype} and shape {tuple(value.shape)}"
             elif value.device != weight.device:
                 what = f"is on {weight.device}, its compact value on {value.device}"
@@ -162,16 +163,16 @@ class Engine(Container):
             param = lookup(self.owner(), name)
             if param is None:
                 raise MaskError(f"the model has no parameter {name}")
-            dtype = self.value_dtype(param.dtype)
+            dtype = self.value_dtype(name, param)
             value = nn.Parameter(torch.empty(0, dtype=dtype, device=param.device))
             self.place(name, value)
             self._values[name] = value
             self._names[id(value)] = name
         return self._values[name]
 
-    def value_dtype(self, dtype: torch.dtype) -> torch.dtype:
+    def value_dtype(self, name: str, weight: Tensor) -> torch.dtype:
         """The dtype of the values of a weight."""
-        return ops.value_dtype(dtype) if self.masters else dtype
+        return weight.dtype if name in self.narrow else ops.value_dtype(weight.dtype)
 
     @property
     def paths(self) -> dict[str, Path]:
@@ -369,7 +370,24 @@ class Engine(Container):
         if any(b.optimizer is inner for b in self._bindings):
             return
         self.check_groups(inner)
+        self._fit_dtypes(inner)
         self._bindings.append(Binding(self, inner))
+
+    def _fit_dtypes(self, optimizer: Optimizer) -> None:
+        """Gives the values of 16-bit weights float32, or no master where the optimizer rounds."""
+        for group in optimizer.param_groups:
+            for value in group["params"]:
+                name = self.name_of(value)
+                weight = lookup(self.owner(), name) if name else None
+                if weight is None:
+                    continue
+                rounds = group.get("rounding", "master") != "master"
+                (self.narrow.add if rounds else self.narrow.discard)(name)
+                dtype, grad = self.value_dtype(name, weight), value.grad
+                if value.dtype != dtype:
+                    value.grad = None
+                    value.data = value.data.to(dtype)
+                    value.grad = None if grad is None else grad.to(dtype)
 
     def check_groups(self, optimizer: Optimizer) -> None:
         """Raises EngineError if an optimizer holds weights of the model themselves."""

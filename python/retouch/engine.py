@@ -58,7 +58,6 @@ def install(
     *,
     fingerprint: bool = True,
     gradient: Gradient = "auto",
-    masters: bool = True,
 ) -> Engine:
     """Puts an engine on a model: compact values for what the mask selects, the rest frozen.
 
@@ -75,8 +74,6 @@ def install(
             Conv2d); "dense": the whole gradient is computed, and the rest of it dropped; "auto":
             sampled up to the density where dense is as fast (measured, `retouch.routes`). Where
             sampled is not possible it is dense. All give the same gradients up to rounding.
-        masters: Keep a float32 value for each selected 16-bit weight. False: values are of the weight's
-            dtype, for an optimizer that knows how to round (`retouch.optim.rounding`).
 
     Returns:
         The engine; it is also `model._retouch`.
@@ -93,7 +90,7 @@ def install(
     if mask is not None:
         mask.check(model)
     model._modules.pop(PLACE, None)  # of a deep copy
-    engine = Engine(model, fingerprint=fingerprint, gradient=gradient, masters=masters)
+    engine = Engine(model, fingerprint=fingerprint, gradient=gradient)
     model.add_module(PLACE, engine)
     try:
         if mask is not None:
@@ -188,9 +185,7 @@ def wrap(
         )
     names = {id(p): name for name, p in own_parameters(model)}
     fixed = mask if isinstance(mask, Mask) else None
-    groups = [kwargs] if is_class else innermost(optimizer).param_groups
-    masters = _masters(groups)
-    engine = install(model, fixed, fingerprint=fingerprint, gradient=gradient, masters=masters)
+    engine = install(model, fixed, fingerprint=fingerprint, gradient=gradient)
     try:
         if is_class:
             values = [slot.value for slot in engine.slots.values()]
@@ -282,17 +277,6 @@ def verify_untouched(model: nn.Module) -> Untouched:
     base = engine.base_buffers
     changed = [n for n, b in buffers(owner) if n not in base or not _equal(base[n], b)]
     return Untouched(len(known), len(known) - len(engine.slots), changed)
-
-
-def _masters(groups: list[dict[str, Any]]) -> bool:
-    """Whether an optimizer with these options steps float32 values of 16-bit weights."""
-    found = {group.get("rounding", "master") == "master" for group in groups}
-    if len(found) > 1:
-        raise HyperparameterError(
-            "some groups of the optimizer have rounding='master' and others have not; the values of one "
-            "model are kept in one way"
-        )
-    return found != {False}
 
 
 def _take_over(engine: Engine, optimizer: Optimizer, names: dict[int, str]) -> None:

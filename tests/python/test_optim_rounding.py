@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from training import (
     assert_frozen,
     assert_same,
@@ -316,6 +317,19 @@ def test_it_resumes_bit_for_bit_across_a_change_of_the_mask(rounding, name):
 
 
 @both
+@optimizers
+def test_dcp_makes_the_state_without_a_step(rounding, name):
+    cls, options = OPTIMIZERS[name]
+    models = [net(BF16), net(BF16)]
+    for i, model in enumerate(models):
+        optimizer = wrap(cls, element_mask(model), model, rounding=rounding, **options)
+        if i:
+            get_optimizer_state_dict(model, optimizer)  # steps with zero gradients and lr 0
+        train(model, optimizer, range(3))
+    assert_same(*(snapshot(model) for model in models))
+
+
+@both
 def test_a_plain_parameter_resumes_bit_for_bit(rounding):
     def go(p, optimizer, steps):
         for t in steps:
@@ -340,11 +354,33 @@ def test_what_is_refused():
         HyperparameterError, match="rounding must be one of master, stochastic, kahan"
     ):
         retouch.AdamW([p], rounding="nearest")
+
+
+def test_groups_may_differ_and_a_new_optimizer_brings_masters_back():
     model = net(BF16)
     groups = [
         {"params": [model.up.weight]},
-        {"params": [model.down.weight], "rounding": "kahan"},
+        {"params": [model.down.weight, model.norm.weight], "rounding": "kahan"},
     ]
-    optimizer = retouch.AdamW(groups, lr=0.1)
-    with pytest.raises(HyperparameterError, match="some groups"):
-        wrap(optimizer, Mask({}, model), model)
+    mask = Mask({n: Selection("all", tuple(model.get_parameter(n).shape))
+                 for n in ("up.weight", "down.weight")}, model)  # fmt: skip
+    optimizer = wrap(retouch.AdamW(groups, lr=1e-3), mask, model)
+    engine = get_engine(model)
+    dtypes = {name: slot.value.dtype for name, slot in engine.slots.items()}
+    assert dtypes == {"up.weight": torch.float32, "down.weight": BF16}
+    train(model, optimizer, range(2))
+    engine.bind(torch.optim.SGD(engine.values(), lr=0.1))
+    assert all(value.dtype == torch.float32 for value in engine.values())
+    for slot in engine.slots.values():
+        assert torch.equal(slot.value.detach().to(BF16), slot.param.detach())
+
+
+def test_an_optimizer_that_is_bound_later():
+    model = net(BF16)
+    engine = retouch.engine.install(model, element_mask(model))
+    optimizer = retouch.SGD(engine.values(), lr=0.1, rounding="stochastic")
+    loss_of(model, batch(0)).backward()
+    engine.bind(optimizer)
+    optimizer.step()
+    assert all(value.dtype == BF16 for value in engine.values())
+    retouch.verify_untouched(model)
