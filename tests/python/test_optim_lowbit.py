@@ -12,7 +12,7 @@ from retouch.engine import get_engine, wrap
 from retouch.errors import HyperparameterError
 from retouch.masks import Mask, Selection
 from retouch.optim import gates
-from retouch.optim.lowbit import BLOCK, dequantise, levels, quantise
+from retouch.optim.lowbit import BLOCK, dequantise, levels, nearest, quantise
 
 DTYPES = [torch.float32, torch.bfloat16]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -62,6 +62,18 @@ def test_each_number_gets_the_nearest_level(signed):
         assert float((table[code] - share).abs()) <= float(off.min()) + 1e-7
     back = dequantise(codes, scale, signed)
     assert back.shape == x.shape
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_the_table_finds_what_a_search_finds(signed):
+    table = levels(signed).double()
+    bounds = ((table[1:] + table[:-1]) / 2).float()
+    edges = torch.cat([bounds, table.float(), fresh(200_000).clamp(-1, 1), fresh(9) * 1e-9])
+    if not signed:
+        edges = edges.abs()
+    near = [edges.nextafter(torch.tensor(x)) for x in (-2.0, 2.0)]
+    x = torch.cat([edges, *near]).clamp_(-1, 1)
+    assert torch.equal(nearest(x, signed), torch.bucketize(x, bounds, out_int32=True))
 
 
 def test_a_second_moment_never_becomes_zero():
