@@ -49,6 +49,19 @@ def innermost(optimizer: Any) -> Optimizer:
     return optimizer
 
 
+def unpacked(optimizer: Optimizer, value: Tensor, selection: Selection) -> State:
+    """The state of a value with one number for each coordinate, as far as the optimizer says how."""
+    state: State = optimizer.state[value]
+    unpack = getattr(optimizer, "unpack_state", None)
+    return state if unpack is None else unpack(value, selection, state)
+
+
+def packed(optimizer: Optimizer, value: Tensor, selection: Selection, state: State) -> State:
+    """The state that `unpacked` gave, as the optimizer keeps it."""
+    pack = getattr(optimizer, "pack_state", None)
+    return state if pack is None else pack(value, selection, state)
+
+
 class Binding:
     """The hooks of one engine on one optimizer."""
 
@@ -114,15 +127,17 @@ class Binding:
         return any(p is value for group in groups for p in group["params"])
 
     def state_of(self, value: Tensor) -> State:
-        """The optimizer's state of a compact value; {} before its first step."""
-        optimizer = self._optimizer()
-        return optimizer.state.get(value, {}) if optimizer is not None else {}
+        """The optimizer's state of a compact value by coordinates; {} before its first step."""
+        optimizer, slot = self._optimizer(), self._engine.slot_of(value)
+        if optimizer is None or slot is None or not optimizer.state.get(value):
+            return {}
+        return unpacked(optimizer, value, slot.selection)
 
     def set_state(self, value: Tensor, state: State) -> None:
-        """Replaces the optimizer's state of a compact value."""
-        optimizer = self._optimizer()
-        if optimizer is not None:
-            optimizer.state[value] = state
+        """Replaces the optimizer's state of a compact value by one by coordinates."""
+        optimizer, slot = self._optimizer(), self._engine.slot_of(value)
+        if optimizer is not None and slot is not None:
+            optimizer.state[value] = packed(optimizer, value, slot.selection, state)
 
     def remove(self) -> None:
         """Takes the hooks off; a later step is an error instead of a silent no-op."""
@@ -207,6 +222,9 @@ class Binding:
                 step = state.get("step")
                 if step is not None:
                     state["step"] = torch.zeros_like(step) if isinstance(step, Tensor) else 0
+            for group in optimizer.param_groups:
+                if "rounding_step" in group:
+                    group["rounding_step"] = 0
         if self._before_step:
             self.measured = _measure(self._before_step)
             self._before_step = []

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from retouch import ops
-from retouch.binding import innermost
+from retouch.binding import innermost, packed, unpacked
 from retouch.compact import Engine
 from retouch.config import SelectConfig, resolve
 from retouch.eligible import own_parameters
@@ -306,7 +306,9 @@ def _take_over(engine: Engine, optimizer: Optimizer, names: dict[int, str]) -> N
                 values.append(value)
                 kept.append(j)
                 if param in optimizer.state:
-                    states[value] = _cut(name, selection, optimizer.state[param])
+                    whole = Selection("all", tuple(param.shape))
+                    cut = _cut(name, selection, unpacked(optimizer, param, whole))
+                    states[value] = packed(optimizer, value, selection, cut)
         plan.append((group, values, kept))
     held = {id(v) for _, values, _ in plan for v in values}
     missing = [s.name for s in engine.slots.values() if id(s.value) not in held]
