@@ -17,6 +17,7 @@ from training import (
     loss_of,
     mixed_mask,
     net,
+    own,
     snapshot,
     train,
 )
@@ -384,3 +385,21 @@ def test_an_optimizer_that_is_bound_later():
     optimizer.step()
     assert all(value.dtype == BF16 for value in engine.values())
     retouch.verify_untouched(model)
+
+
+@both
+def test_a_pull_comes_before_the_rounding(rounding):
+    """One step goes half as far with a pull of a half, to within two units of the last place."""
+    moved = {}
+    for pull in (0.0, 0.5):
+        model = net(dtype=BF16)
+        start = snapshot(model)
+        options = {"lr": 0.5, "rounding": rounding, "pull": pull}
+        train(model, wrap(retouch.SGD, element_mask(model), model, **options), range(1))
+        moved[pull] = {n: p.detach().double() - start[n].double() for n, p in own(model)}
+        weights = {n: p.detach().double().abs() for n, p in own(model)}
+    assert any(way.abs().max() > 1e-3 for way in moved[0.0].values())
+    for name, way in moved[0.5].items():
+        slack = 2**-7 * (weights[name] + moved[0.0][name].abs()) * 2
+        assert ((way - moved[0.0][name] / 2).abs() <= slack).all(), name
+    assert any((moved[0.5][n] - moved[0.0][n]).abs().max() > 1e-3 for n in moved[0.0])
