@@ -117,7 +117,7 @@ class Binding:
 
     @property
     def own_clocks(self) -> bool:
-        """Whether the optimizer takes a clock for each coordinate (`AdamW`)."""
+        """Whether the optimizer takes a clock for each coordinate (`AdamW`, `Adafactor`)."""
         return bool(getattr(self._optimizer(), "own_clocks", False))
 
     def holds(self, value: Tensor) -> bool:

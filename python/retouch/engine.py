@@ -148,8 +148,8 @@ def wrap(
             so schedulers and Accelerate's wrapper stay valid; frozen parameters are dropped,
             options are kept, and state that it has already is cut down to the selected coordinates.
         mask: What may move. A config, or the name of a recipe, for a mask that moves by its
-            `SelectConfig.schedule` (`model` is needed then, and `retouch.AdamW` is the optimizer
-            that can give each coordinate a clock of its own), or whose `gate`, `decay` and `pull`
+            `SelectConfig.schedule` (`model` is needed then; `retouch.AdamW` and `retouch.Adafactor`
+            can give each coordinate a clock of its own), or whose `gate`, `decay` and `pull`
             the optimizer is to be given, as far as it was told nothing else. None: nothing, until
             `Engine.set_mask` or the optimizer's `load_state_dict` brings a mask; `model` is needed.
         model: The model; default the one that the mask was selected on.

@@ -365,6 +365,23 @@ def test_decay_to_the_base_and_multipliers():
     assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("kind", ["all", "elements"])
+def test_the_number_of_threads_changes_nothing(kind):
+    weight, grad = fresh(700, 900), fresh(700, 900, seed=1)
+    index = positions(weight.numel(), 400_000, 0) if kind == "elements" else None
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            model, optimizer = masked(weight, kind, index)
+            for _ in range(2):
+                step(model, optimizer, grad)
+            found.append(model.weight.detach())
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*found)
+
+
 def test_what_is_refused():
     p = [nn.Parameter(torch.ones(2))]
     for options in ({"lr": -1.0}, {"d": 0.5}, {"eps": (-1.0, 1e-3)}, {"eps": (1e-3,)},
