@@ -1,6 +1,6 @@
 """What a mask that moves at every step costs, beside the way of the published code.
 
-    python tests/bench/bench_moving.py [--quick]
+    python tests/bench/bench_moving.py [--quick] [--memory]
 
 A Llama-style model with random weights; its linear layers are trained. All ways have the gradient of
 the same step and end with the selected weights moved:
@@ -8,10 +8,15 @@ the same step and end with the selected weights moved:
 * full: torch.optim.AdamW over all weights, the step without any selection;
 * topk: `torch.topk` of each |gradient|, the gradient times the mask, torch.optim.AdamW (dense state);
 * gmt: `Schedule(every=1, now=True)`, a fifth of each matrix, state of survivors kept;
+* gmt-gate: the same choice by `AdamW(gate=TopK(0.2))`, the mask is all of them, dense state;
 * id3: the same with a growing mask of 0.5 % over all matrices together.
 
 "selection" is the time of the step beyond forward and backward; its share is of the whole training
 step of `full`, in the same round.
+
+`--memory` trains whole runs in place of that, three moves of LISA, BAdam and ID3 each, and looks after
+every step at what the optimizer holds: never more than two float32 moments and a clock for each weight
+that is selected at that time.
 """
 
 import argparse
@@ -29,13 +34,18 @@ from retouch.scores import D3, Gradient
 
 NOW = {"every": 1, "collect": 1, "now": True}
 CONFIGS = {
-    "gmt": SelectConfig(
-        score=Gradient(), density=0.2, scope="tensor", schedule=Schedule(**NOW)
-    ),
+    "gmt": SelectConfig(score=Gradient(), density=0.2, scope="tensor", schedule=Schedule(**NOW)),
     "id3": SelectConfig(
-        score=D3(), density=0.005,
+        score=D3(),
+        density=0.005,
         schedule=Schedule(**NOW, change="grow", ramp="linear", rounds=20),
     ),
+    "gmt-gate": SelectConfig.named("gmt-gate"),
+}
+RUNS = {
+    "lisa": {"every": 4},
+    "badam": {"every": 4},
+    "id3": {"every": 4, "rounds": 3},
 }  # fmt: skip
 
 
@@ -77,11 +87,54 @@ class Masked:
         self.optimizer.zero_grad()
 
 
+def held(optimizer: Any) -> int:
+    """Bytes of an optimizer's state."""
+    return sum(
+        x.numel() * x.element_size()
+        for state in optimizer.state.values()
+        for x in state.values()
+        if isinstance(x, torch.Tensor)
+    )
+
+
+def memory(quick: bool) -> None:
+    """Whole runs: state against what is selected, after every step."""
+    ids = torch.randint(8192, (4, 128), generator=torch.Generator().manual_seed(1))
+    rows = []
+    for name, changes in RUNS.items():
+        net = model(quick)
+        config = SelectConfig.named(name, schedule=changes)
+        optimizer = retouch.wrap(retouch.AdamW, config, net, fingerprint=False, lr=1e-5)
+        seen = []
+        for _ in range(12):
+            net(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            mask = retouch.get_engine(net).mask
+            seen.append((held(optimizer), mask.count if mask is not None else 0))
+        total = sum(p.numel() for p in net.parameters() if not hasattr(p, "_retouch_slot"))
+        most = max(n for _, n in seen)
+        worst = max(size / n for size, n in seen if n)
+        rows.append([
+            name, f"{most / 1e6:.2f}", f"{100 * most / total:.1f}", f"{max(s for s, _ in seen) / 2**20:.1f}",
+            f"{worst:.2f}", f"{total * 8 / 2**20:.0f}",
+        ])  # fmt: skip
+        retouch.unwrap(net)
+    table(
+        ["run", "selected at most, M", "% of all", "state at most, MiB", "bytes per selected at most",
+         "full AdamW, MiB"], rows,
+    )  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="2 M weights, two rounds")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--memory", action="store_true", help="optimizer memory of whole runs")
     options = parser.parse_args()
+    if options.memory:
+        memory(options.quick)
+        return
     rounds = 2 if options.quick else options.rounds
     ways: dict[str, tuple[Any, Any]] = {}
     for name in ("full", "topk", *CONFIGS):
@@ -118,17 +171,11 @@ def main() -> None:
     rows = []
     for name, (_, optimizer) in ways.items():
         inner = optimizer.optimizer if isinstance(optimizer, Masked) else optimizer
-        held = sum(
-            x.numel() * x.element_size()
-            for state in inner.state.values()
-            for x in state.values()
-            if isinstance(x, torch.Tensor)
-        )
         base = [b + s for b, s in zip(backward["full"], step["full"], strict=True)]
         share = [100 * s / b for s, b in zip(step[name], base, strict=True)]
         rows.append([
             name, spread([1e3 * t for t in backward[name]]), spread([1e3 * t for t in step[name]]),
-            spread(share), f"{held / 2**20:.0f}",
+            spread(share), f"{held(inner) / 2**20:.0f}",
         ])  # fmt: skip
     table(["way", "forward + backward ms", "step ms", "step, % of full", "state MiB"], rows)
 
