@@ -31,7 +31,7 @@ from retouch.errors import EngineError, FormatError
 from retouch.masks import Selection
 from retouch.migrate import Kept, State, pack_pieces, unpack_pieces
 from retouch.resume import Part, describe, restore, restore_past
-from retouch.slots import Slot, same_bits
+from retouch.slots import Slot, same_bits, some
 
 if TYPE_CHECKING:
     from retouch.compact import Engine
@@ -49,6 +49,19 @@ def innermost(optimizer: Any) -> Optimizer:
     return optimizer
 
 
+def unpacked(optimizer: Optimizer, value: Tensor, selection: Selection) -> State:
+    """The state of a value with one number for each coordinate, as far as the optimizer says how."""
+    state: State = optimizer.state[value]
+    unpack = getattr(optimizer, "unpack_state", None)
+    return state if unpack is None else unpack(value, selection, state)
+
+
+def packed(optimizer: Optimizer, value: Tensor, selection: Selection, state: State) -> State:
+    """The state that `unpacked` gave, as the optimizer keeps it."""
+    pack = getattr(optimizer, "pack_state", None)
+    return state if pack is None else pack(value, selection, state)
+
+
 class Binding:
     """The hooks of one engine on one optimizer."""
 
@@ -57,6 +70,7 @@ class Binding:
         self._optimizer = weakref.ref(optimizer)
         self._before_step: list[tuple[Slot, Tensor, Tensor]] = []
         self._dry_run = False
+        self._held: set[int] = set()  # ids of what the last step found in the groups
         self.measured: dict[str, float] = {}
         self.kept = Kept()
         self._handles: list[RemovableHandle] = [
@@ -103,7 +117,7 @@ class Binding:
 
     @property
     def own_clocks(self) -> bool:
-        """Whether the optimizer takes a clock for each coordinate (`AdamW`)."""
+        """Whether the optimizer takes a clock for each coordinate (`AdamW`, `Adafactor`)."""
         return bool(getattr(self._optimizer(), "own_clocks", False))
 
     def holds(self, value: Tensor) -> bool:
@@ -113,15 +127,17 @@ class Binding:
         return any(p is value for group in groups for p in group["params"])
 
     def state_of(self, value: Tensor) -> State:
-        """The optimizer's state of a compact value; {} before its first step."""
-        optimizer = self._optimizer()
-        return optimizer.state.get(value, {}) if optimizer is not None else {}
+        """The optimizer's state of a compact value by coordinates; {} before its first step."""
+        optimizer, slot = self._optimizer(), self._engine.slot_of(value)
+        if optimizer is None or slot is None or not optimizer.state.get(value):
+            return {}
+        return unpacked(optimizer, value, slot.selection)
 
     def set_state(self, value: Tensor, state: State) -> None:
-        """Replaces the optimizer's state of a compact value."""
-        optimizer = self._optimizer()
-        if optimizer is not None:
-            optimizer.state[value] = state
+        """Replaces the optimizer's state of a compact value by one by coordinates."""
+        optimizer, slot = self._optimizer(), self._engine.slot_of(value)
+        if optimizer is not None and slot is not None:
+            optimizer.state[value] = packed(optimizer, value, slot.selection, state)
 
     def remove(self) -> None:
         """Takes the hooks off; a later step is an error instead of a silent no-op."""
@@ -155,13 +171,14 @@ class Binding:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         self._engine.check()
         self._engine.check_groups(optimizer)
+        self._check_kept(optimizer)
         slots = list(self.slots())
         for slot in slots:
             slot.fused = None
             slot.collect()  # a gradient that was set by hand
             if slot.is_stale():  # written by load_state_dict, a delta or the user
                 slot.sync()
-        self._dry_run = _is_dry_run(optimizer)
+        self._dry_run = is_dry_run(optimizer)
         if not self._dry_run:
             self._engine.check_reduced()
             if self._engine.mover is not None:
@@ -178,6 +195,20 @@ class Binding:
             return args, {**kwargs, "closure": self._after_write(kwargs["closure"])}
         return None
 
+    def _check_kept(self, optimizer: Optimizer) -> None:
+        """Raises EngineError if values have been taken out of the groups: nobody would step them."""
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        gone = self._held - held
+        lost = [n for n, s in self._engine.slots.items()
+                if id(s.value) in gone and not self._engine.bindings(n)]  # fmt: skip
+        if lost:
+            raise EngineError(
+                f"the optimizer no longer holds the compact values of {some(lost)}, though the mask "
+                "selects them: have its groups been given other tensors? To freeze them, change the "
+                "mask (Engine.move)"
+            )
+        self._held = held
+
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for slot in self.slots():
             if slot.fused != slot.value._version:
@@ -191,6 +222,9 @@ class Binding:
                 step = state.get("step")
                 if step is not None:
                     state["step"] = torch.zeros_like(step) if isinstance(step, Tensor) else 0
+            for group in optimizer.param_groups:
+                if "rounding_step" in group:
+                    group["rounding_step"] = 0
         if self._before_step:
             self.measured = _measure(self._before_step)
             self._before_step = []
@@ -346,7 +380,7 @@ def _refuse(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any])
     )
 
 
-def _is_dry_run(optimizer: Optimizer) -> bool:
+def is_dry_run(optimizer: Optimizer) -> bool:
     """Whether torch.distributed.checkpoint takes this step, to have the state made."""
     if optimizer.state or any(float(g.get("lr", 1.0)) != 0 for g in optimizer.param_groups):
         return False

@@ -59,6 +59,7 @@ class Engine(Container):
         mask: The mask in force, None before the first.
         reducer: What averages gradients over processes; None where there is one process.
         gradient: How gradients are taken: "auto", "sampled" or "dense".
+        narrow: Weights whose values have no more bits than they, see `retouch.optim.rounding`.
         measure: Measure the next optimizer steps (two O(k) copies a step); see `metrics`.
         hashes: Fingerprint of each parameter when the mask was set; empty without fingerprints.
         base_buffers: Persistent buffers of the model when the mask was set (copies on the CPU).
@@ -72,6 +73,7 @@ class Engine(Container):
         super().__init__()
         check_gradient(gradient)
         self.gradient = gradient
+        self.narrow: set[str] = set()
         self.slots: dict[str, Slot] = {}
         self.mask: Mask | None = None
         self.measure = False
@@ -118,7 +120,9 @@ class Engine(Container):
                 what = f"was resized from {slot.selection.shape} to {tuple(weight.shape)}"
             elif weight.dtype != slot.base.dtype:
                 what = f"was cast from {slot.base.dtype} to {weight.dtype}"
-            elif value.dtype != ops.value_dtype(weight.dtype) or value.shape != slot.base.shape:
+            elif (
+                value.dtype != self.value_dtype(slot.name, weight) or value.shape != slot.base.shape
+            ):
                 what = f"has a compact value of {value.dtype} and shape {tuple(value.shape)}"
             elif value.device != weight.device:
                 what = f"is on {weight.device}, its compact value on {value.device}"
@@ -159,12 +163,16 @@ class Engine(Container):
             param = lookup(self.owner(), name)
             if param is None:
                 raise MaskError(f"the model has no parameter {name}")
-            dtype = ops.value_dtype(param.dtype)
+            dtype = self.value_dtype(name, param)
             value = nn.Parameter(torch.empty(0, dtype=dtype, device=param.device))
             self.place(name, value)
             self._values[name] = value
             self._names[id(value)] = name
         return self._values[name]
+
+    def value_dtype(self, name: str, weight: Tensor) -> torch.dtype:
+        """The dtype of the values of a weight."""
+        return weight.dtype if name in self.narrow else ops.value_dtype(weight.dtype)
 
     @property
     def paths(self) -> dict[str, Path]:
@@ -362,7 +370,24 @@ class Engine(Container):
         if any(b.optimizer is inner for b in self._bindings):
             return
         self.check_groups(inner)
+        self._fit_dtypes(inner)
         self._bindings.append(Binding(self, inner))
+
+    def _fit_dtypes(self, optimizer: Optimizer) -> None:
+        """Gives the values of 16-bit weights float32, or no master where the optimizer rounds."""
+        for group in optimizer.param_groups:
+            for value in group["params"]:
+                name = self.name_of(value)
+                weight = lookup(self.owner(), name) if name else None
+                if weight is None:
+                    continue
+                rounds = group.get("rounding", "master") != "master"
+                (self.narrow.add if rounds else self.narrow.discard)(name)
+                dtype, grad = self.value_dtype(name, weight), value.grad
+                if value.dtype != dtype:
+                    value.grad = None
+                    value.data = value.data.to(dtype)
+                    value.grad = None if grad is None else grad.to(dtype)
 
     def check_groups(self, optimizer: Optimizer) -> None:
         """Raises EngineError if an optimizer holds weights of the model themselves."""

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from retouch.configcheck import (
     BUDGETS,
@@ -198,6 +198,20 @@ class SelectConfig:
         "When the mask changes during training, see `Schedule`; None: it stays. `retouch.wrap` and "
         "the Trainer follow it, `retouch.select` makes one mask."
     )
+    gate: Any = _help(
+        "Which of the selected move in a step, chosen anew in each: one of `retouch.optim.gates`, or "
+        "its dict. `retouch.AdamW` has gates; `retouch.wrap` and the Trainer pass it on, "
+        "`retouch.select` makes the mask alone."
+    )
+    decay: Literal["weight", "base"] | None = _help(
+        "Where weight decay leads: 'weight' to 0, 'base' to what the weights held when the mask was "
+        "set. For the optimizers of this package; passed on like `gate`."
+    )
+    pull: float | None = _help(
+        "After every step each selected value goes this share of the way to what it held when the "
+        "mask was set, whatever the learning rate. For the optimizers of this package; passed on "
+        "like `gate`."
+    )
     recipe: str | None = _help("The recipe that this config came from, for the record.")
 
     def __post_init__(self) -> None:
@@ -210,6 +224,8 @@ class SelectConfig:
             raise HyperparameterError(
                 f"SelectConfig: schedule={self.schedule!r}; wanted a Schedule"
             )
+        if self.gate is not None:
+            object.__setattr__(self, "gate", _gates().parse(_gates().plain(self.gate)))
 
     def anything_competes(self) -> bool:
         """Whether any parameter could have the state "masked"."""
@@ -226,8 +242,8 @@ class SelectConfig:
 
         Args:
             name: See `retouch.recipes.list()`.
-            **overrides: Fields; a budget replaces any other budget, and a dict for `schedule`
-                replaces fields of the recipe's own.
+            **overrides: Fields; a budget replaces any other budget, and a dict for `schedule` or
+                `gate` replaces fields of the recipe's own.
 
         Raises:
             HyperparameterError: An unknown name, or fields that do not fit together.
@@ -244,6 +260,7 @@ class SelectConfig:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         values["score"] = encoded_score(self.score)
         values["schedule"] = self.schedule.to_dict() if self.schedule is not None else None
+        values["gate"] = _gates().plain(self.gate)
         return values
 
     @classmethod
@@ -344,7 +361,17 @@ def resolve(config: SelectConfig | str, overrides: Mapping[str, Any]) -> SelectC
     own = base.get("schedule")
     if isinstance(overrides.get("schedule"), Mapping) and isinstance(own, Schedule):
         overrides["schedule"] = Schedule.from_dict(own.to_dict() | overrides["schedule"])
+    new = overrides.get("gate")
+    if base.get("gate") is not None and isinstance(new, Mapping) and "kind" not in new:
+        overrides["gate"] = {**_gates().plain(base["gate"]), **new}
     return SelectConfig(**base | overrides)
+
+
+def _gates() -> Any:
+    """`retouch.optim.gates`, which stands right of configs."""
+    from retouch.optim import gates
+
+    return gates
 
 
 def _download(source: str, subfolder: str | None, hub: dict[str, Any]) -> Path:

@@ -58,6 +58,8 @@ def checked(values: dict[str, Any]) -> dict[str, Any]:
     for name in FLAGS:
         if getattr(config, name) is not None:
             _check_word(name, getattr(config, name), get_args(State))
+    if config.decay is not None:
+        _check_word("decay", config.decay, ("weight", "base"))
     for name in ("target_modules", "exclude_modules", "modules_to_save"):
         setattr(config, name, _names(name, getattr(config, name)))
     if config.target_modules == "all":
@@ -109,7 +111,7 @@ def _names(name: str, value: Any) -> list[str] | str | None:
 
 
 def _check_numbers(config: Any) -> None:
-    for name in ("density", "threshold", "quantile", "allocation"):
+    for name in ("density", "threshold", "quantile", "allocation", "pull"):
         value = getattr(config, name)
         if value is None:
             continue
@@ -120,6 +122,8 @@ def _check_numbers(config: Any) -> None:
         value = getattr(config, name)
         if value is not None and not 0 < value <= 1:
             raise _wrong(f"{name}={value!r}; wanted a fraction in (0, 1]")
+    if config.pull is not None and not 0 < config.pull < 1:
+        raise _wrong(f"pull={config.pull!r}; wanted a fraction in (0, 1)")
     if config.quantile is not None and not 0 <= config.quantile <= 1:
         raise _wrong(f"quantile={config.quantile!r}; wanted a fraction in [0, 1]")
     if config.threshold is not None and math.isnan(config.threshold):

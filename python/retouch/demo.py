@@ -45,7 +45,6 @@ from retouch.demo_rows import (
     Row,
     Scale,
     Scene,
-    fast_bfloat16,
     folder_bytes,
     measured,
     replies_to,
@@ -54,6 +53,7 @@ from retouch.demo_rows import (
 )
 from retouch.engine import verify_untouched
 from retouch.errors import FrozenError, HyperparameterError
+from retouch.routes import fast_bfloat16
 
 __all__ = ["Row", "run"]
 

@@ -4,7 +4,7 @@ import math
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from retouch.config import SelectConfig
 from retouch.delta import Delta
 from retouch.demo_data import Corpus, Text
 from retouch.engine import get_engine, wrap
+from retouch.routes import fast_bfloat16
 from retouch.select import select
 
 __all__ = [
@@ -223,12 +224,6 @@ def _batch_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 def _labelled(scene: Scene) -> list[dict[str, Tensor]]:
     """The first batches to train on, as scores want them."""
     return [{"input_ids": x, "labels": x} for x in scene.corpus.train[: scene.scale.scored]]
-
-
-def fast_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16 itself; else torch does at a sixth of float32's speed."""
-    known: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def mixed_precision() -> torch.autocast:

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from retouch import ops
-from retouch.binding import innermost
+from retouch.binding import innermost, packed, unpacked
 from retouch.compact import Engine
 from retouch.config import SelectConfig, resolve
 from retouch.eligible import own_parameters
 from retouch.errors import EngineError, FrozenError, HyperparameterError
 from retouch.masks import Mask, Selection
+from retouch.optim.configured import configure
 from retouch.passes import LossFn
 from retouch.routes import Gradient
 from retouch.slots import PLACE, Copy, Slot, buffers, same_bits, some
@@ -147,8 +148,9 @@ def wrap(
             so schedulers and Accelerate's wrapper stay valid; frozen parameters are dropped,
             options are kept, and state that it has already is cut down to the selected coordinates.
         mask: What may move. A config, or the name of a recipe, for a mask that moves by its
-            `SelectConfig.schedule` (`model` is needed then, and `retouch.AdamW` is the optimizer
-            that can give each coordinate a clock of its own). None: nothing, until
+            `SelectConfig.schedule` (`model` is needed then; `retouch.AdamW` and `retouch.Adafactor`
+            can give each coordinate a clock of its own), or whose `gate`, `decay` and `pull`
+            the optimizer is to be given, as far as it was told nothing else. None: nothing, until
             `Engine.set_mask` or the optimizer's `load_state_dict` brings a mask; `model` is needed.
         model: The model; default the one that the mask was selected on.
         data: With a config, for scores that read data: see `retouch.select`.
@@ -164,6 +166,7 @@ def wrap(
         EngineError: The model is wrapped already, or the optimizer holds parameters of another
             model, or lacks one that the mask selects.
         MaskError: The mask does not fit the model.
+        HyperparameterError: The config asks for what this optimizer does not have.
 
     Example:
         >>> optimizer = retouch.wrap(torch.optim.AdamW(model.parameters(), lr=1e-4), mask)
@@ -192,6 +195,8 @@ def wrap(
             optimizer = optimizer(values or engine.values(), **kwargs)
         else:
             _take_over(engine, innermost(optimizer), names)
+        if config is not None:
+            configure(innermost(optimizer), config)
         engine.bind(optimizer)
         if config is not None:
             follow(engine, config, data=data, loss_fn=loss_fn)
@@ -301,7 +306,9 @@ def _take_over(engine: Engine, optimizer: Optimizer, names: dict[int, str]) -> N
                 values.append(value)
                 kept.append(j)
                 if param in optimizer.state:
-                    states[value] = _cut(name, selection, optimizer.state[param])
+                    whole = Selection("all", tuple(param.shape))
+                    cut = _cut(name, selection, unpacked(optimizer, param, whole))
+                    states[value] = packed(optimizer, value, selection, cut)
         plan.append((group, values, kept))
     held = {id(v) for _, values, _ in plan for v in values}
     missing = [s.name for s in engine.slots.values() if id(s.value) not in held]

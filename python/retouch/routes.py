@@ -27,7 +27,17 @@ from retouch.eligible import own_parameters
 from retouch.errors import HyperparameterError
 from retouch.selection import Selection
 
-__all__ = ["Gradient", "Path", "Route", "break_even", "check_gradient", "plan", "route"]
+__all__ = [
+    "Gradient",
+    "Path",
+    "Route",
+    "break_even",
+    "check_gradient",
+    "fast_bfloat16",
+    "plan",
+    "route",
+    "table_key",
+]
 
 Gradient = Literal["auto", "sampled", "dense"]
 TABLE = "break_even.json"
@@ -73,6 +83,19 @@ def _table() -> Any:
     return json.loads(files("retouch").joinpath(TABLE).read_text())
 
 
+@functools.cache
+def fast_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 itself; else torch does at a sixth of float32's speed."""
+    known: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def table_key(dtype: torch.dtype) -> str:
+    """The name of a dtype in the table: bfloat16 has two, by what the processor makes of it."""
+    name = str(dtype).removeprefix("torch.")
+    return name + " emulated" if dtype == torch.bfloat16 and not fast_bfloat16() else name
+
+
 def break_even(selection: Selection, dtype: torch.dtype) -> float:
     """The density up to which "auto" samples: from the measured table, by kind, dtype and size.
 
@@ -82,7 +105,7 @@ def break_even(selection: Selection, dtype: torch.dtype) -> float:
     if dtype == torch.float64 and selection.kind == "elements":
         return 0.0
     by_dtype = _table()[selection.kind]
-    by_size = by_dtype.get(str(dtype).removeprefix("torch."), by_dtype["float32"])
+    by_size = by_dtype.get(table_key(dtype), by_dtype["float32"])
     side = selection.numel**0.5
     fitting = [density for size, density in by_size if size <= side]
     return float(fitting[-1] if fitting else by_size[0][1])

@@ -89,7 +89,8 @@ class Slot:
         name: Its name in `model.named_parameters()`.
         param: The weight, which the model uses.
         selection: Which of its coordinates may move.
-        value: The compact value: float32 (float64 for float64 weights), in the shape of
+        value: The compact value: float32 (float64 for float64 weights, and the weight's own dtype
+            where an optimizer rounds without masters), in the shape of
             `selection.gather(param)`: elements [k], rows [r, ...], columns [rows, c, ...], all as
             the weight.
         base: What the selected coordinates held when the mask was set; the weight's dtype, value's
@@ -162,7 +163,7 @@ class Slot:
             if self.tap is not None:
                 self.tap(self.name, grad)
             if self.value.grad is None:
-                self.value.grad = self.selection.gather(grad, self.name)
+                self.value.grad = self.selection.gather(grad, self.name).to(self.value.dtype)
             else:
                 self.selection.gather_add_(self.value.grad, grad, self.name)
 

@@ -1,11 +1,13 @@
 """From which density on the dense gradient is as fast as the sampled one: the table behind "auto".
 
-    python tests/bench/bench_break_even.py [--quick] [--write]
+    python tests/bench/bench_break_even.py [--quick] [--write] [--dtypes float32,bfloat16]
 
 Sampled is what the backward pass of a layer does for a mask: the selected entries of dY'X, straight
 into the gradient of the compact value. Dense is what torch and the engine's hook do without it: the
 whole product, then a gather. Both work on the same dY and X of 1024 tokens. `--write` puts the
-result where the package reads it, `python/retouch/break_even.json`.
+result where the package reads it, `python/retouch/break_even.json`; what was not measured now stays.
+bfloat16 has two rows there, since torch's product takes six times as long on a processor that only
+emulates it: a processor measures the one that is its own.
 """
 
 import argparse
@@ -13,21 +15,19 @@ import json
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from harness import machine, table
 
 import retouch
-from retouch import sampled
-from retouch.demo_rows import fast_bfloat16
+from retouch import routes, sampled
 from retouch.masks import Selection
 
 TOKENS = 1024
 SIZES = (256, 512, 1024, 2048)
 DENSITIES = (0.005, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9)
 KINDS = ("elements", "rows", "columns")
-# Where the processor has no bfloat16 products, torch's take six times as long: no table for others.
-DTYPES = (torch.float32, torch.bfloat16) if fast_bfloat16() else (torch.float32,)
 
 
 def selection(kind: str, size: int, density: float) -> Selection:
@@ -88,6 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true", help="sizes 256 and 512, three rounds")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--write", action="store_true", help="replace the package's table")
     args = parser.parse_args()
     sizes, rounds = (SIZES[:2], 3) if args.quick else (SIZES, args.rounds)
@@ -95,8 +96,8 @@ def main() -> None:
     found: dict[str, dict[str, list[list[float]]]] = {}
     lines = []
     for kind in KINDS:
-        for dtype in DTYPES:
-            name = str(dtype).removeprefix("torch.")
+        for dtype in (getattr(torch, name) for name in args.dtypes.split(",")):
+            name = routes.table_key(dtype)
             for size in sizes:
                 even, seen = crossing(kind, dtype, size, rounds)
                 found.setdefault(kind, {}).setdefault(name, []).append([size, even])
@@ -105,8 +106,12 @@ def main() -> None:
     table(["kind", "dtype", "size", "even at", *(f"{d:.1%}" for d in DENSITIES)], lines)
     if args.write:
         path = Path(retouch.__file__).with_name("break_even.json")
-        text = {"measured": machine(), "command": "python tests/bench/bench_break_even.py --write"}
-        rows = [f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in (text | found).items()]
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        text: dict[str, Any] = {"command": "python tests/bench/bench_break_even.py --write"}
+        names = dict.fromkeys(name for rows in found.values() for name in rows)
+        text["measured"] = kept["measured"] | dict.fromkeys(names, machine())
+        text |= {kind: kept[kind] | found[kind] for kind in KINDS}
+        rows = [f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in text.items()]
         path.write_text("{\n" + ",\n".join(rows) + "\n}\n", encoding="utf-8")
 
 

@@ -1,9 +1,13 @@
 """Merging a base and three fine-tunes of 495 M bf16 parameters, beside mergekit where it is installed.
 
-    python tests/bench/bench_merge.py [--quick] [--methods ties,linear] [--mergekit]
+    python tests/bench/bench_merge.py [--quick] [--methods ties,linear] [--mergekit] [--max-ram 256MB]
 
-Checkpoints are made once in a folder (--folder, default: a temporary one). Each merge runs in a process of
-its own, warm page cache; wall time includes everything after `import torch`.
+Both programs get the same file of YAML and run as their users run them, each merge in a process of its own
+with a warm page cache, one after the other in every round. Wall and CPU time are those of the whole
+process, imports and the flush to disk included; "anonymous" is the most memory beside maps of files that
+was seen (every 10 ms), less what the program holds when it has only read the configuration. Checkpoints are
+made once in a folder (--folder, default: a temporary one). mergekit runs in the first round only, since
+most of its merges take minutes (--mergekit-rounds for more).
 """
 
 import argparse
@@ -18,7 +22,7 @@ import time
 from pathlib import Path
 
 import torch
-from harness import high_water, machine, table
+from harness import machine, spread, table
 from safetensors.torch import save_file
 
 METHODS = {
@@ -95,28 +99,8 @@ def make(folder: Path, quick: bool) -> None:
         (folder / model / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def ours(folder: Path, method: str, out: Path) -> None:
-    """One merge; prints seconds, CPU seconds, peak MB and bytes moved."""
-    before = high_water()
-    start, cpu = time.perf_counter(), time.process_time()
-    from retouch.merge import build, run
-
-    per_model = [{"weight": w} | METHODS[method] for w in WEIGHTS]
-    base = None if method == "linear" else folder / "base"
-    models = [folder / m for m in MODELS]
-    dialect = None if method in ("linear", "task_arithmetic") else "mergekit"
-    result = run(build(method, models, base=base, parameters=per_model, dialect=dialect), out)
-    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-    peak = high_water() - before
-    print(
-        json.dumps(
-            [seconds, cpu, peak, result.bytes_read + result.bytes_written, result.piece_bytes]
-        )
-    )
-
-
-def mergekit(folder: Path, method: str, out: Path) -> None:
-    """The same by mergekit."""
+def write_config(folder: Path, method: str) -> Path:
+    """What both programs are given."""
     models = [
         {"model": str(folder / m), "parameters": {"weight": w} | METHODS[method]}
         for m, w in zip(MODELS, WEIGHTS, strict=True)
@@ -124,36 +108,55 @@ def mergekit(folder: Path, method: str, out: Path) -> None:
     recipe = {"merge_method": method, "models": models, "dtype": "bfloat16"}
     if method != "linear":
         recipe["base_model"] = str(folder / "base")
-    path = out.with_suffix(".yml")
-    path.write_text(json.dumps(recipe))
-    command = [
-        sys.executable, "-m", "mergekit.scripts.run_yaml", str(path), str(out), "--no-copy-tokenizer",
-        "--quiet", "--random-seed", "0",
-    ]  # fmt: skip
+    path = folder / f"{method}.yml"
+    path.write_text(json.dumps(recipe))  # JSON is YAML
+    return path
+
+
+def command(way: str, config: Path, out: Path | None, max_ram: str | None) -> list[str]:
+    """The command line of a program; without `out` it only reads the configuration (ours)."""
+    if way == "mergekit":
+        options = ["--no-copy-tokenizer", "--quiet", "--random-seed", "0"]
+        return [sys.executable, "-m", "mergekit.scripts.run_yaml", str(config), str(out), *options]
+    line = [sys.executable, "-c", "from retouch.cli import main; main()", "merge", str(config)]
+    if out is not None:
+        line += ["-o", str(out), "--no-report"]  # mergekit makes none
+    return line + (["--max-ram", max_ram] if max_ram else [])
+
+
+def watched(line: list[str]) -> tuple[float, float, float]:
+    """Runs a program: seconds, CPU seconds, most anonymous memory in MB."""
     start = time.perf_counter()
-    subprocess.run(command, check=True, capture_output=True)
-    print(json.dumps([time.perf_counter() - start]))
+    with tempfile.TemporaryFile() as log:
+        child = subprocess.Popen(line, stdout=log, stderr=log)
+        peak = 0
+        while True:
+            pid, status, usage = os.wait4(child.pid, os.WNOHANG)
+            if pid:
+                break
+            try:
+                text = Path(f"/proc/{child.pid}/status").read_text()
+                peak = max(peak, int(text.split("RssAnon:")[1].split()[0]))
+            except (OSError, IndexError):
+                pass  # it has just ended
+            time.sleep(0.01)
+        seconds = time.perf_counter() - start
+        child.returncode = os.waitstatus_to_exitcode(status)
+        if child.returncode:
+            log.seek(0)
+            raise SystemExit(f"{' '.join(line)}: exit {child.returncode}\n{log.read().decode()}")
+    return seconds, usage.ru_utime + usage.ru_stime, peak * 1024 / 1e6
 
 
-def measure(folder: Path, method: str, way: str, quick: bool) -> list[float]:
-    """One run in a child process."""
+def measure(folder: Path, method: str, way: str, max_ram: str | None) -> list[float]:
+    """One merge."""
     out = folder / f"out-{way}-{method}"
     shutil.rmtree(out, ignore_errors=True)
-    command = [
-        sys.executable,
-        __file__,
-        "--child",
-        way,
-        "--folder",
-        str(folder),
-        "--methods",
-        method,
-    ]
-    answer = subprocess.run(
-        command, capture_output=True, text=True, check=True, env=os.environ
-    ).stdout
-    shutil.rmtree(out, ignore_errors=True)
-    return [float(x) for x in json.loads(answer)]
+    config = write_config(folder, method)
+    rest = watched(command(way, config, None, None))[2] if way == "retouch" else 0.0
+    seconds, cpu, peak = watched(command(way, config, out, max_ram))
+    shutil.rmtree(out)
+    return [seconds, cpu, peak - rest]
 
 
 def main() -> None:
@@ -165,42 +168,40 @@ def main() -> None:
     parser.add_argument(
         "--mergekit", action="store_true", help="run mergekit too (it must be installed)"
     )
+    parser.add_argument("--mergekit-rounds", type=int, default=1)
+    parser.add_argument("--max-ram", help="the budget that ours is given")
     parser.add_argument("--folder", type=Path)
-    parser.add_argument("--child", choices=("retouch", "mergekit"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.child:
-        run = ours if args.child == "retouch" else mergekit
-        run(args.folder, args.methods, args.folder / f"out-{args.child}-{args.methods}")
-        return
+    rounds = 1 if args.quick else args.rounds
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary) / "models"
         if not (folder / "base").exists():
             make(folder, args.quick)
         total = sum(torch.Size(s).numel() for s in shapes(args.quick).values())
-        print(f"base and three models of {total / 1e6:.0f} M bf16 parameters; {machine()}\n")
+        print(f"base and three models of {total / 1e6:.0f} M bf16 parameters; {machine()}")
+        print(f"max_ram: {args.max_ram or 'no limit'}\n")
         rows = []
         for method in args.methods.split(","):
-            found = [
-                measure(folder, method, "retouch", args.quick)
-                for _ in range(1 if args.quick else args.rounds)
-            ]
-            wall, cpu, peak, moved, pieces = (
-                statistics.median(c) for c in zip(*found, strict=True)
-            )
+            mine, theirs = [], []
+            for i in range(rounds):
+                mine.append(measure(folder, method, "retouch", args.max_ram))
+                if args.mergekit and i < args.mergekit_rounds:
+                    theirs.append(measure(folder, method, "mergekit", None))
+            columns = list(zip(*mine, strict=True))
+            wall, cpu, peak = map(statistics.median, columns)
+            moved = 2 * total * (4 if method == "linear" else 5)
             row = [
-                method,
-                f"{wall:.2f}",
-                f"{cpu:.2f}",
-                f"{moved / wall / 1e9:.2f}",
-                f"{peak:.0f}",
-                f"{pieces / 1e6:.0f}",
-            ]
-            if args.mergekit:
-                theirs = measure(folder, method, "mergekit", args.quick)[0]
-                row += [f"{theirs:.1f}", f"{theirs / wall:.1f}x"]
+                method, spread(list(columns[0])), f"{cpu:.1f}", f"{moved / wall / 1e9:.2f}", f"{peak:.0f}",
+            ]  # fmt: skip
+            if theirs:
+                other = [statistics.median(c) for c in zip(*theirs, strict=True)]
+                row += [f"{other[0]:.1f}", f"{other[1]:.1f}", f"{other[2]:.0f}"]
+                row += [f"{other[0] / wall:.1f}x", f"{other[1] / cpu:.1f}x"]
             rows.append(row)
-        columns = ["method", "wall s", "CPU s", "GB/s", "extra MB with maps", "planned MB"]
-        table(columns + (["mergekit s", "times ours"] if args.mergekit else []), rows)
+        names = ["method", "wall s", "CPU s", "GB/s", "anonymous MB"]
+        if args.mergekit:
+            names += ["mergekit s", "CPU s", "anonymous MB", "wall", "CPU"]
+        table(names, rows)
 
 
 if __name__ == "__main__":

@@ -61,6 +61,10 @@ FUSED = {
         {"lr": 1e-2, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
     ),
 }
+OTHERS = {  # no peer in torch over single elements
+    "retouch.Adafactor": (retouch.Adafactor, {"lr": 1e-2, "weight_decay": 0.1}),
+    "kahan": (retouch.AdamW, {"lr": 1e-2, "weight_decay": 0.1, "rounding": "kahan"}),
+}
 MASKS = {"elements": element_mask, "mixed": mixed_mask}
 names = pytest.mark.parametrize("name", [*OPTIMIZERS, *FUSED])
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -69,14 +73,14 @@ gradients = pytest.mark.parametrize("gradient", ["sampled", "dense"])
 
 
 def make(name):
-    cls, options = (OPTIMIZERS | FUSED)[name]
+    cls, options = (OPTIMIZERS | FUSED | OTHERS)[name]
     return lambda params: cls(params, **options)
 
 
 # --- law 1 ---------------------------------------------------------------------------------------
 
 
-@names
+@pytest.mark.parametrize("name", [*OPTIMIZERS, *FUSED, *OTHERS])
 @dtypes
 @masks
 @gradients

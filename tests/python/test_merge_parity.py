@@ -1,6 +1,6 @@
 """mergekit 0.1.5 beside ours: the same file of YAML, the same checkpoints, the same weights.
 
-mergekit is no dependency: without it these tests are skipped.
+It is one of the packages of the `test` extra and runs as it is.
 """
 
 import json
@@ -22,7 +22,6 @@ MODELS = ("base", "one", "two", "three")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: Any) -> Path:
     """Four Llamas in shards: a base and three fine-tunes of it."""
-    pytest.importorskip("mergekit")
     out = tmp_path_factory.mktemp("models")
     for number, name in enumerate(MODELS):
         model = llama(num_hidden_layers=3)

@@ -15,6 +15,7 @@ from retouch.eligible import candidates
 from retouch.engine import get_engine, verify_untouched, wrap
 from retouch.errors import EngineError, HyperparameterError, ScoreError
 from retouch.masks import Mask, Selection
+from retouch.optim import lowbit
 
 # Three steps over three coordinates (optimizers.md 0.2), float64.
 START, GRADS = (1.0, -2.0, 0.5), [(0.3, -4.0, 0.2), (-0.1, 1.0, 0.4), (0.2, 0.2, 0.2)]
@@ -208,9 +209,9 @@ SCHEDULES = {
 schedules = pytest.mark.parametrize("name", SCHEDULES)
 
 
-def started(name, dtype=torch.float32):
+def started(name, dtype=torch.float32, cls=retouch.AdamW, **options):
     model = net(dtype)
-    optimizer = wrap(retouch.AdamW, SCHEDULES[name], model, lr=0.01, weight_decay=0.1)
+    optimizer = wrap(cls, SCHEDULES[name], model, lr=0.01, weight_decay=0.1, **options)
     return model, optimizer
 
 
@@ -227,17 +228,35 @@ def train(model, optimizer, steps, seen=None):
 @schedules
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_schedule_resumes_bit_for_bit(name, dtype):
-    whole, optimizer = started(name, dtype)
+    resumes(name, dtype)
+
+
+@schedules
+@pytest.mark.parametrize("kind", ["codes", "kahan", "stochastic", "factors"])
+def test_so_do_other_kinds_of_state(name, kind, monkeypatch):
+    monkeypatch.setattr(lowbit, "SMALLEST", 1)
+    if kind != "factors":
+        options = {"state_bits": 8} if kind == "codes" else {"rounding": kind}
+        resumes(name, torch.bfloat16, **options)
+    elif SCHEDULES[name].schedule.state == "seeded":
+        with pytest.raises(EngineError, match="sets the moments of"):
+            resumes(name, torch.bfloat16, cls=retouch.Adafactor)
+    else:
+        resumes(name, torch.bfloat16, cls=retouch.Adafactor)
+
+
+def resumes(name, dtype, **options):
+    whole, optimizer = started(name, dtype, **options)
     masks = []
     train(whole, optimizer, range(9), masks)
     for cut in (2, 5):
-        model, first = started(name, dtype)
+        model, first = started(name, dtype, **options)
         train(model, first, range(cut))
         file = io.BytesIO()
         torch.save({"model": model.state_dict(), "optimizer": first.state_dict()}, file)
         file.seek(0)
         saved = torch.load(file, weights_only=True)
-        other, second = started(name, dtype)
+        other, second = started(name, dtype, **options)
         other.load_state_dict(saved["model"])
         second.load_state_dict(saved["optimizer"])
         again = []

@@ -301,6 +301,9 @@ def test_magma():
         at = Moment("w", g, state, 5, 1.0, 0.999, 1e-8)
         Magma(start=start).choose(at)
         assert float(state["gate_scale"]) == pytest.approx(want, abs=1e-4)
+        at.grad = torch.zeros(2)
+        Magma().choose(at)
+        assert float(state["gate_scale"]) == pytest.approx(want, abs=1e-4)
 
 
 def test_a_gate_of_one_group_and_maximize():

@@ -106,6 +106,15 @@ BUDGETS = {
     "sift-first-step": (2 * (51 + 25 + 25 + 51 + 3 * 76), {}),
     "smt-warmup": (4 * 64, {"block_size": 8}),
     "spiel": (150, {}),
+    # Those that change the step and select all, see test_recipes_learn_updates.py.
+    "alphaadam": (ALL, {}),
+    "cautious": (ALL, {}),
+    "child-tuning-f": (ALL, {}),
+    "gmt-gate": (2 * 7680, {}),
+    "l2-sp": (ALL, {}),
+    "magma": (ALL, {}),
+    "mos": (ALL, {}),
+    "skipupdate": (ALL, {}),
     "cure": (None, {"score": robust_gradient(0.1, steps=2)}),  # see below
     "cure-released": (None, {"score": robust_gradient(0.1, signed=True, steps=2)}),
     "fishdip": (217, {"score": HardExamples(Fisher(), samples=12)}),

@@ -40,6 +40,9 @@ CLASSES = {
     "retouch.AdamW": lambda p: retouch.AdamW(p, lr=1e-2, weight_decay=0.1),
     "SGD": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, nesterov=True),
     "Adagrad": lambda p: torch.optim.Adagrad(p, lr=1e-2),
+    "retouch.Adafactor": lambda p: retouch.Adafactor(p, lr=1e-2),
+    "kahan": lambda p: retouch.Lion(p, lr=1e-2, rounding="kahan"),
+    "stochastic": lambda p: retouch.AdamW(p, lr=1e-2, rounding="stochastic"),
 }
 classes = pytest.mark.parametrize("name", CLASSES)
 

@@ -2,7 +2,9 @@
 
 import copy
 import io
+import json
 import pickle
+from pathlib import Path
 
 import pytest
 import tiny
@@ -288,6 +290,18 @@ def test_auto_follows_the_measured_break_even():
             some = {"weight": Selection(kind, shape, torch.arange(k))}
             assert routes.plan(model, some, "auto")["weight"].gradient == want
             assert routes.plan(model, some, "sampled")["weight"].gradient == "sampled"
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_bfloat16_has_the_break_even_of_the_processor(fast, monkeypatch):
+    """Where torch emulates its products, the dense way takes longer, so more is sampled."""
+    monkeypatch.setattr(routes, "fast_bfloat16", lambda: fast)
+    table = json.loads(Path(routes.__file__).with_name(routes.TABLE).read_text())
+    for kind in ("elements", "rows", "columns"):
+        rows = table[kind].get("bfloat16" if fast else "bfloat16 emulated", table[kind]["float32"])
+        some = Selection(kind, (1024, 1024), torch.tensor([0]))
+        assert routes.break_even(some, torch.bfloat16) == dict(rows)[1024]
+    assert set(table["measured"]) == set(table["elements"]), "says on what it was measured"
 
 
 # --- what a forward may be ------------------------------------------------------------------------

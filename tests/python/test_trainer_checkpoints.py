@@ -14,6 +14,13 @@ from retouch.errors import BaseMismatchError, EngineError
 
 GRADIENT = retouch.SelectConfig(score="gradient", density=0.05)
 DTYPES = [torch.float32, torch.bfloat16]
+OPTIMIZERS = [
+    None,
+    retouch.AdamW,
+    (retouch.AdamW, {"rounding": "kahan", "state_bits": 8}),
+    (retouch.SGD, {"rounding": "stochastic", "momentum": 0.9}),
+    retouch.Adafactor,
+]
 SAVING = {"save_strategy": "steps", "save_steps": 2}
 
 
@@ -54,7 +61,7 @@ def assert_equal(a: Any, b: Any) -> None:
 
 @pytest.mark.parametrize("checkpoint", ["full", "delta"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("optimizer", [None, retouch.AdamW])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_resuming_is_exact(
     tmp_path: Path, dtype: torch.dtype, checkpoint: str, optimizer: Any
 ) -> None:

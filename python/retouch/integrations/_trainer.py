@@ -25,6 +25,7 @@ from retouch.errors import EngineError, MaskError
 from retouch.integrations import _checkpoint
 from retouch.integrations._calibration import Batch, data_and_loss, undisturbed
 from retouch.masks import Mask
+from retouch.optim.configured import configure
 from retouch.routes import Gradient
 from retouch.select import select
 from retouch.slots import PLACE
@@ -102,6 +103,8 @@ class SelectiveTrainer(Trainer):
 
     def _install(self, model: nn.Module, optimizer: Optimizer) -> None:
         run = self._retouch
+        if isinstance(run.config, SelectConfig):
+            configure(optimizer, run.config)
         if run.resume is not None and _checkpoint.has_optimizer(run.resume):
             # Mask, float32 values and base come with the optimizer state, which the Trainer loads
             # when Accelerate has prepared model and optimizer.

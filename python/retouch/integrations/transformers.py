@@ -31,6 +31,7 @@ from retouch.integrations._calibration import Batch
 from retouch.integrations._trainer import Checkpoint, Epochs, Run, SelectiveTrainer, moves
 from retouch.masks import Mask
 from retouch.optim import AdamW
+from retouch.optim.configured import asks
 from retouch.routes import Gradient, check_gradient
 from retouch.scores import as_score
 
@@ -75,9 +76,9 @@ def attach(
             ``"delta"``: they hold the difference to the model that the trainer was given
             (`retouch.Delta.load` reads it); resuming needs that model again.
         optimizer: A class, or a class and its arguments, instead of the one that
-            ``TrainingArguments.optim`` names (where the mask moves, `retouch.AdamW` is the default:
-            it counts the steps of each coordinate): ``retouch.AdamW`` or ``(retouch.SGD, {"momentum":
-            0.9})``. It gets the learning rate, and betas and epsilon if it knows them, from
+            ``TrainingArguments.optim`` names (where the mask moves, or the config has a gate, decay to
+            the base or a pull, `retouch.AdamW` is the default): ``retouch.AdamW`` or ``(retouch.SGD,
+            {"momentum": 0.9})``. It gets the learning rate, and betas and epsilon if it knows them, from
             ``TrainingArguments``.
         gradient: How gradients are taken: "auto", "sampled" or "dense", see `retouch.wrap`.
         **overrides: Fields of `SelectConfig` that replace those of ``config``.
@@ -112,7 +113,8 @@ def attach(
         _optimizer(optimizer),
         gradient,
     )
-    if moves(run.config) and run.optimizer is None and trainer.optimizer is None:
+    ours = moves(run.config) or (isinstance(run.config, SelectConfig) and asks(run.config))
+    if ours and run.optimizer is None and trainer.optimizer is None:
         run.optimizer = AdamW, {"weight_decay": trainer.args.weight_decay}
     if run.optimizer is not None and trainer.optimizer is not None:
         raise HyperparameterError(

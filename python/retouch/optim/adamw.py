@@ -7,9 +7,13 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from retouch.optim import gates, steps
+from retouch import ops
+from retouch.errors import HyperparameterError
+from retouch.optim import gates, lowbit, steps
 from retouch.optim.base import At, Decay, Fused, at_least_zero, check_betas, like, tick
 from retouch.optim.gates import Gate
+from retouch.optim.rounding import Rounding
+from retouch.selection import Selection
 
 
 class AdamW(Fused):
@@ -30,8 +34,17 @@ class AdamW(Fused):
         maximize: Ascend instead.
         gate: Which of the selected coordinates move in a step, chosen anew in each: one of
             `retouch.optim.gates`. It is kept in the group as plain data, so a state dict has it.
+        state_bits: 32, or 8 for moments in blocks of 256 with one scale each (`retouch.optim.lowbit`):
+            2.03 bytes for each coordinate in place of 8. Values with fewer than 4096 coordinates
+            keep 32. When a mask moves, moments are widened, carried and rounded again.
         decay: "weight" decays towards 0; "base" towards what the weight held when the mask was set:
             the value becomes `value + lr * weight_decay * (base - value)`.
+        pull: After each step a value goes this share of the way to what the weight held when the mask
+            was set, whatever the learning rate.
+        rounding: How a step of a 16-bit value is rounded: "master" trains it through a float32 value,
+            "stochastic" and "kahan" without one, see `retouch.optim.rounding`.
+        rounding_seed: Of stochastic rounding; each draw depends on seed, name, number of the step and
+            position in the weight alone.
 
     Raises:
         HyperparameterError: An option out of its range.
@@ -49,15 +62,19 @@ class AdamW(Fused):
         *,
         maximize: bool = False,
         gate: Gate | Mapping[str, Any] | None = None,
+        state_bits: int = 32,
         decay: Decay = "weight",
+        pull: float = 0.0,
+        rounding: Rounding = "master",
+        rounding_seed: int = 0,
     ) -> None:
         at_least_zero(lr=lr, eps=eps, weight_decay=weight_decay)
         check_betas(betas)
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
-            "maximize": maximize, "gate": gates.plain(gate),
+            "maximize": maximize, "gate": gates.plain(gate), "state_bits": state_bits,
         }  # fmt: skip
-        super().__init__(params, defaults, decay)
+        super().__init__(params, defaults, decay, rounding, rounding_seed, pull=pull)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as in torch; its `gate` may be an object of `retouch.optim.gates`."""
@@ -65,9 +82,33 @@ class AdamW(Fused):
             param_group = {**param_group, "gate": gates.plain(param_group["gate"])}
         super().add_param_group(param_group)
 
+    def _check(self, group: dict[str, Any]) -> None:
+        super()._check(group)
+        if group["state_bits"] not in (8, 32):
+            raise HyperparameterError(f"state_bits must be 8 or 32, got {group['state_bits']}")
+
+    def unpack_state(
+        self, value: Tensor, selection: Selection, state: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Moments of 32 bits."""
+        return lowbit.expand(state, ops.value_dtype(value.dtype))
+
+    def pack_state(
+        self, value: Tensor, selection: Selection, state: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Moments of as many bits as the group of the value says."""
+        groups = (g for g in self.param_groups if any(p is value for p in g["params"]))
+        bits = next((group["state_bits"] for group in groups), 32)
+        return lowbit.shrink(state) if bits == 8 else state
+
     def _update(self, at: At, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         gate = gates.parse(group["gate"]) if group["gate"] is not None else None
-        adamw_step_(at, param, grad, group, self.state[param], gate)
+        state = self.state[param]
+        wide = lowbit.expand(state, ops.value_dtype(param.dtype))
+        adamw_step_(at, param, grad, group, wide, gate)
+        kept = lowbit.shrink(wide) if group["state_bits"] == 8 else wide
+        state.clear()
+        state.update(kept)
 
 
 def adamw_step_(

@@ -384,7 +384,8 @@ class Magma(Gate):
     """Moves a whole tensor with probability p, as far as momentum and gradient agree; P1.
 
     arXiv 2602.15322: `s = 0.9 s + 0.1 sigmoid(cos(m, g) / tau)` in every step, and the step is s times
-    AdamW's, without 1/p. Here m has this gradient in it, and decay is not scaled by s.
+    AdamW's, without 1/p. Here m has this gradient in it, and decay is not scaled by s. A gradient of 0
+    has no direction and leaves s as it is.
 
     Attributes:
         p: In (0, 1].
@@ -407,10 +408,10 @@ class Magma(Gate):
     def choose(self, at: Moment) -> Opening:
         """Draws the tensor, and averages its agreement."""
         m, g = at.mean(), at.grad
-        length = max(float(m.norm()) * float(g.norm()), 1e-30)
-        agreement = 1 / (1 + math.exp(-float((m * g).sum()) / length / self.tau))
-        old = at.state.get("gate_scale", self.start)
-        scale = 0.9 * float(old) + 0.1 * agreement
+        scale, length = float(at.state.get("gate_scale", self.start)), float(g.norm())
+        if length > 0:
+            cosine = float((m * g).sum()) / max(float(m.norm()) * length, 1e-30)
+            scale = 0.9 * scale + 0.1 / (1 + math.exp(-cosine / self.tau))
         at.state["gate_scale"] = torch.tensor(scale, dtype=m.dtype)
         if float(at.uniform(self.seed, 1)) < self.p:
             return Opening(scale=scale)

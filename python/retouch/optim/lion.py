@@ -7,6 +7,7 @@ from torch.optim.optimizer import ParamsT
 
 from retouch.optim import steps
 from retouch.optim.base import At, Decay, Fused, at_least_zero, check_betas, like
+from retouch.optim.rounding import Rounding
 
 
 class Lion(Fused):
@@ -24,6 +25,12 @@ class Lion(Fused):
         weight_decay: Decoupled: weights are multiplied by `1 - lr * weight_decay`.
         maximize: Ascend instead.
         decay: "weight" decays towards 0, "base" towards what the weight held when the mask was set.
+        pull: After each step a value goes this share of the way to what the weight held when the mask
+            was set, whatever the learning rate.
+        rounding: How a step of a 16-bit value is rounded: "master" trains it through a float32 value,
+            "stochastic" and "kahan" without one, see `retouch.optim.rounding`.
+        rounding_seed: Of stochastic rounding; each draw depends on seed, name, number of the step and
+            position in the weight alone.
 
     Raises:
         HyperparameterError: An option out of its range.
@@ -38,11 +45,14 @@ class Lion(Fused):
         *,
         maximize: bool = False,
         decay: Decay = "weight",
+        pull: float = 0.0,
+        rounding: Rounding = "master",
+        rounding_seed: int = 0,
     ) -> None:
         at_least_zero(lr=lr, weight_decay=weight_decay)
         check_betas(betas)
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
-        super().__init__(params, defaults, decay)
+        super().__init__(params, defaults, decay, rounding, rounding_seed, pull=pull)
 
     def _update(self, at: At, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         state = self.state[param]

@@ -9,6 +9,7 @@ from torch.optim.optimizer import ParamsT
 from retouch.errors import HyperparameterError
 from retouch.optim import steps
 from retouch.optim.base import At, Decay, Fused, at_least_zero
+from retouch.optim.rounding import Rounding
 
 
 class SGD(Fused):
@@ -23,6 +24,12 @@ class SGD(Fused):
         nesterov: Look ahead; needs momentum and no dampening.
         maximize: Ascend instead.
         decay: "weight" decays towards 0, "base" towards what the weight held when the mask was set.
+        pull: After each step a value goes this share of the way to what the weight held when the mask
+            was set, whatever the learning rate.
+        rounding: How a step of a 16-bit value is rounded: "master" trains it through a float32 value,
+            "stochastic" and "kahan" without one, see `retouch.optim.rounding`.
+        rounding_seed: Of stochastic rounding; each draw depends on seed, name, number of the step and
+            position in the weight alone.
 
     Raises:
         HyperparameterError: An option out of its range.
@@ -39,6 +46,9 @@ class SGD(Fused):
         *,
         maximize: bool = False,
         decay: Decay = "weight",
+        pull: float = 0.0,
+        rounding: Rounding = "master",
+        rounding_seed: int = 0,
     ) -> None:
         at_least_zero(lr=lr, momentum=momentum, weight_decay=weight_decay)
         if nesterov and (momentum <= 0 or dampening != 0):
@@ -47,7 +57,7 @@ class SGD(Fused):
             "lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay,
             "nesterov": nesterov, "maximize": maximize,
         }  # fmt: skip
-        super().__init__(params, defaults, decay)
+        super().__init__(params, defaults, decay, rounding, rounding_seed, pull=pull)
 
     def _update(self, at: At, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         weight_decay = at.weight_decay

@@ -17,6 +17,7 @@ from retouch.recipes import (
     references,
     rounds,
     shira,
+    updates,
     weights,
 )
 from retouch.recipes._registry import Recipe, bibtex, info, markdown, rows
@@ -36,6 +37,7 @@ __all__ = [
     "references",
     "rounds",
     "shira",
+    "updates",
     "weights",
 ]
 
