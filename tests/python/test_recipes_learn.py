@@ -127,8 +127,8 @@ BUDGETS = {
     "rosa-warmup": (LORA + 2 * (3 + 1), {}),
     "spiel-ma": (150, {}),
     # whichever gates are open
-    "codyra": (None, {"score": replace(CODYRA[0], penalty=0.05, lr=1e-2)}),
-    "codyra-released": (None, {"score": replace(CODYRA[1], penalty=0.05, lr=1e-2)}),
+    "codyra": (None, {"score": replace(CODYRA[0], penalty=0.1, lr=1e-2)}),
+    "codyra-released": (None, {"score": replace(CODYRA[1], penalty=0.09, lr=1e-2)}),
     "increlora": (307, {}),  # floor(0.02 * 2 * 7680)
     "snella": (3072, {}),
 }
