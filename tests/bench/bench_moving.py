@@ -103,6 +103,7 @@ def memory(quick: bool) -> None:
     rows = []
     for name, changes in RUNS.items():
         net = model(quick)
+        total = sum(p.numel() for p in net.parameters())
         config = SelectConfig.named(name, schedule=changes)
         optimizer = retouch.wrap(retouch.AdamW, config, net, fingerprint=False, lr=1e-5)
         seen = []
@@ -112,7 +113,6 @@ def memory(quick: bool) -> None:
             optimizer.zero_grad()
             mask = retouch.get_engine(net).mask
             seen.append((held(optimizer), mask.count if mask is not None else 0))
-        total = sum(p.numel() for p in net.parameters() if not hasattr(p, "_retouch_slot"))
         most = max(n for _, n in seen)
         worst = max(size / n for size, n in seen if n)
         rows.append([
