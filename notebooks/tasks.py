@@ -1,7 +1,7 @@
-"""Three tasks that have nothing to do with each other, for one encoder: where a line of text comes from.
+"""Two more tasks for the encoder of `verses.py`: the package of a docstring, the category of a character.
 
-The first is that of `verses.py`. The others are read from what is installed: sources of Python packages, which are
-parsed and never imported, and the names of characters in `unicodedata`. Nothing is downloaded.
+Both are read from what is installed: sources of Python packages, which are parsed and never imported,
+and the names of characters in `unicodedata`.
 """
 
 import ast
@@ -52,14 +52,14 @@ def docstrings():
 
 
 def characters():
-    """Samples (name of a character, general category, half of a block); halves are not split."""
+    """Samples (name of a character, category, run of 64 code points); no run is in both parts."""
     codes = list(CATEGORIES)
     found = [
         (unicodedata.name(char).lower(), codes.index(category), code // 64)
         for code, char in enumerate(map(chr, range(sys.maxunicode + 1)))
         if (category := unicodedata.category(char)) in CATEGORIES
     ]
-    return _split(found, lambda half: half)
+    return _split(found, lambda run: run)
 
 
 def _split(samples, key):
