@@ -26,12 +26,12 @@ _tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 
 
 class Reader(nn.Module):
-    """The encoder, mean pooling, and a new linear layer for the five parts."""
+    """The encoder, mean pooling, and a new linear layer, for the five parts or as many classes."""
 
-    def __init__(self):
+    def __init__(self, classes=None):
         super().__init__()
         self.encoder = AutoModel.from_pretrained(FOLDER, add_pooling_layer=False)
-        self.head = nn.Linear(self.encoder.config.hidden_size, len(PARTS))
+        self.head = nn.Linear(self.encoder.config.hidden_size, classes or len(PARTS))
 
     def forward(self, input_ids, attention_mask, labels=None):
         """Logits, and the loss if there are labels."""
