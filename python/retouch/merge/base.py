@@ -138,6 +138,8 @@ class Method(ABC):
             see all tensors first.
         pieces: Whether `merge` may be handed a stretch of a tensor along its first dimension. What it
             must know of the whole tensor comes from `prepare`.
+        observes_pieces: Whether `observe` may be handed stretches of a tensor one after the other, with
+            the same bits in the state however a tensor is cut (whole numbers are counted).
         fixes_base: Whether a coordinate keeps the base's value wherever all models have it, whatever
             the rest of the tensor holds: sparse deltas are then merged on their supports alone.
         dialects: Variants that go by this name; the first is the default.
@@ -152,6 +154,7 @@ class Method(ABC):
     models: ClassVar[tuple[int, int | None]] = (1, None)
     scope: ClassVar[Literal["tensor", "model"]] = "tensor"
     pieces: ClassVar[bool] = False
+    observes_pieces: ClassVar[bool] = False
     fixes_base: ClassVar[bool] = False
     dialects: ClassVar[tuple[str, ...]] = ("paper",)
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
@@ -173,15 +176,26 @@ class Method(ABC):
         return None
 
     def observe(self, job: Job) -> None:
-        """Sees one whole tensor in one pass; adds to `job.state` what must not depend on the order."""
+        """Sees one whole tensor in one pass; adds to `job.state` what must not depend on the order.
+
+        With `observes_pieces` it sees a stretch of one.
+        """
         raise NotImplementedError
 
     def settle(self, state: Any) -> bool:
-        """Ends a pass; whether another one is needed."""
+        """Ends a pass; whether another one is needed. The last one frees what `merge` does not need."""
         return False
 
     def memory(self, numel: int, models: int, dialect: str) -> int:
         """Bytes of anonymous memory that `merge` needs beside its inputs and its result."""
+        return 0
+
+    def survey_memory(self, numel: int, models: int, dialect: str) -> int:
+        """Bytes of anonymous memory that `observe` needs beside its inputs; by default as `memory`."""
+        return self.memory(numel, models, dialect)
+
+    def state_memory(self, models: int, tensors: int) -> int:
+        """Bytes that the state of the passes over so many tensors takes while they are made."""
         return 0
 
     def resolve(

@@ -12,10 +12,12 @@ from retouch.deltasource import Source
 from retouch.linalg import one_thread
 from retouch.merge.base import Job, Method, Param
 
-__all__ = ["LAMBDA", "WEIGHT", "MatrixMethod", "mean", "statistic"]
+__all__ = ["LAMBDA", "NUMBER", "WEIGHT", "MatrixMethod", "mean", "statistic"]
 
 WEIGHT = Param(float, 1.0, help="factor of the model's difference to the base")
 LAMBDA = Param(float, 1.0, help="factor of the merged difference")
+NUMBER = 128
+"""Bytes of a Python number in a list in a dictionary, with its share of both, generously."""
 
 
 class MatrixMethod(Method):

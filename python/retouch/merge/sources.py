@@ -1,6 +1,7 @@
 """What a merge reads: checkpoints through a memory map, deltas and adapters over their base."""
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from retouch.deltasource import _files
 from retouch.errors import BaseMismatchError, FormatError, ShapeError
 from retouch.merge.plan import Plan, Source
 
-__all__ = ["Meta", "Reader", "open_sources"]
+__all__ = ["Memory", "Meta", "Reader", "open_sources"]
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -33,6 +34,13 @@ class Meta(NamedTuple):
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+
+class Memory(NamedTuple):
+    """Bytes of anonymous memory: of a tensor that was read, and at most while it was read."""
+
+    held: int
+    peak: int
 
 
 class Sparse(NamedTuple):
@@ -64,6 +72,10 @@ class Reader(Protocol):
 
     def read(self, name: str) -> Tensor:
         """The tensor; not to be written, it may be a view of a mapped file."""
+        ...
+
+    def memory(self, name: str) -> "Memory":
+        """What `read` takes beside maps of files."""
         ...
 
 
@@ -104,6 +116,10 @@ class Checkpoint:
         tensor: Tensor = self._file(name).get_tensor(name)
         # a file may hold a tensor at an odd address; kernels need whole elements
         return tensor if tensor.data_ptr() % max(tensor.element_size(), 1) == 0 else tensor.clone()
+
+    def memory(self, name: str) -> Memory:
+        """See `Reader`."""
+        return Memory(0, 0)
 
     def _file(self, name: str) -> Any:
         if name not in self._files:
@@ -179,6 +195,17 @@ class DeltaReader:
         out = base.clone()
         ops.put_(out, entry.index, entry.value, name)
         return out
+
+    def memory(self, name: str) -> Memory:
+        """See `Reader`; what the delta itself holds is in memory whether it is merged or not."""
+        entry = self._entries.get(name)
+        if entry is None:
+            return self.base.memory(name)
+        own = math.prod(entry.shape) * entry.dtype.itemsize
+        # a change is decoded and added in float32 at least
+        wide = 0 if entry.change is None else 3 * entry.count * max(4, entry.dtype.itemsize)
+        below = Memory(0, 0) if entry.kind == "added" else self.base.memory(name)
+        return Memory(own, own + wide + below.peak)
 
     def _check(self, name: str, entry: Entry, base: Tensor) -> None:
         if tuple(base.shape) != tuple(entry.shape) or base.dtype != entry.dtype:
@@ -259,6 +286,14 @@ class AdapterReader:
         rank = self._factors.meta(self._modules[name][0]).shape[0]
         alpha = pattern("alpha_pattern", float(config.get("lora_alpha", rank)))
         return float(alpha / rank**0.5 if config.get("use_rslora") else alpha / rank)
+
+    def memory(self, name: str) -> Memory:
+        """See `Reader`; an adapted weight, what is added to it, and that before it is scaled."""
+        below = self._base.memory(name)
+        if name not in self._modules:
+            return below
+        own = 4 * math.prod(self.meta(name).shape)
+        return Memory(own, 3 * own + below.peak)
 
     def read(self, name: str) -> Tensor:
         """See `Reader`."""
