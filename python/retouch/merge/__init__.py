@@ -7,6 +7,7 @@ by name: `method_names`, `method_named`.
 
 from retouch.merge import (  # noqa: F401  they register
     averages,
+    factormethods,
     geometry,
     measured,
     sparse,

@@ -16,9 +16,18 @@ from torch import Tensor
 from retouch import _core, ops
 from retouch.errors import FormatError, HyperparameterError, LayoutError, ShapeError
 from retouch.merge.base import Job, method_named
+from retouch.merge.factormethods import FactorMethod, matched
 from retouch.merge.output import Extra, Result, Task, TensorResult, Writer, files, shards, size
 from retouch.merge.plan import Input, Plan, TensorPlan, natural
-from retouch.merge.sources import NAMES, DeltaReader, Meta, Reader, open_sources
+from retouch.merge.sources import (
+    NAMES,
+    AdapterReader,
+    DeltaReader,
+    Factors,
+    Meta,
+    Reader,
+    open_sources,
+)
 
 __all__ = ["Result", "TensorResult", "run"]
 
@@ -270,6 +279,10 @@ class _Merger:
         every = [*task.plan.inputs] + ([task.plan.base] if task.plan.base else [])
         held = most = 0
         pairs = list(zip(every, task.metas, strict=True))
+        if task.method is not None and task.method.needs_factors:
+            pairs = pairs[len(task.plan.inputs) :]
+            for one in self.factors(task) or []:
+                held += FactorMethod.factor_memory(one.a.numel() + one.b.numel())
         for one, meta in pairs[::-1]:  # the base first
             memory = self.readers[one.source].memory(one.tensor)
             own = self._cast_bytes(meta) if task.method is not None else 0
@@ -295,11 +308,28 @@ class _Merger:
     def job(self, task: Task, state: Any = None) -> Job:
         """The whole tensor as a job."""
         plan = task.plan
+        by_factors = task.method is not None and task.method.needs_factors
         return Job(
             plan.name, None if plan.base is None else self.read(plan.base),
-            [self.read(one) for one in plan.inputs], [one.source for one in plan.inputs],
+            [] if by_factors else [self.read(one) for one in plan.inputs],
+            [one.source for one in plan.inputs],
             task.parameters, task.shared, task.dialect, self.plan.seed, task.meta.dtype, state,
+            factors=self.factors(task) if by_factors else None,
         )  # fmt: skip
+
+    def factors(self, task: Task) -> list[Factors] | None:
+        """The LoRA factors of the inputs for one weight; None if there are none."""
+        found, names = [], [one.source for one in task.plan.inputs]
+        for one in task.plan.inputs:
+            reader = self.readers[one.source]
+            if not isinstance(reader, AdapterReader):
+                assert task.method is not None
+                raise HyperparameterError(
+                    f"{task.method.name} merges the factors of LoRA adapters, but {one.source} is none "
+                    "(nor is one whose vocabulary was aligned)"
+                )
+            found.append(reader.factors(one.tensor))
+        return matched(found, names, task.plan.name)
 
     def survey(self, tasks: list[Task], rows: Mapping[str, int]) -> dict[str, Any]:
         """The passes over the whole model of the methods that need them; their states by group."""
