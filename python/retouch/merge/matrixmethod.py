@@ -1,5 +1,6 @@
 """What methods on matrices have in common, and statistics that come as files beside the models."""
 
+import os
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -73,7 +74,7 @@ def mean(tensors: Sequence[Tensor]) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _file(path: str) -> Mapping[str, Callable[[], Tensor]]:
+def _file(path: str, stamp: int) -> Mapping[str, Callable[[], Tensor]]:
     return Source(path).read
 
 
@@ -84,5 +85,7 @@ def statistic(path: str, name: str) -> Tensor | None:
         path: A safetensors file, or a folder of them.
         name: Of the parameter, as in the checkpoint.
     """
-    found = _file(path).get(name)
+    # a file that was measured anew is another one
+    stamp = os.stat(path).st_mtime_ns if os.path.exists(path) else 0
+    found = _file(path, stamp).get(name)
     return None if found is None else found()
