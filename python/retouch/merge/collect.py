@@ -18,7 +18,9 @@ from retouch.scores.activations import each_input, input_dim
 __all__ = ["collect_fisher", "collect_gram"]
 
 _FISHER = Fisher(outer="mean")
-_ALL = SelectConfig(direction="random", density=1.0)  # no choice is made: all parameters are looked at
+_ALL = SelectConfig(
+    direction="random", density=1.0
+)  # no choice is made: all parameters are looked at
 
 
 def collect_fisher(
