@@ -19,7 +19,6 @@ from retouch.merge.card import card
 from retouch.merge.document import MergeConfig, ModelRef
 from retouch.merge.engine import Progress, Result, run
 from retouch.merge.factormethods import FactorMethod
-from retouch.merge.layers import EMBEDDING, role
 from retouch.merge.mergekit import parse, read
 from retouch.merge.modelconfig import chat_template, depth, load, tokenizer_files, updated
 from retouch.merge.plan import Plan, Source, kind_of
@@ -27,6 +26,7 @@ from retouch.merge.report import Report, survey
 from retouch.merge.resolve import Resolved, resolve
 from retouch.merge.sources import Checkpoint, Reader, open_sources
 from retouch.merge.tokens import AlignedReader, Vocabulary, align
+from retouch.roles import EMBEDDING, role
 
 __all__ = ["Merged", "Prepared", "merge", "prepare"]
 

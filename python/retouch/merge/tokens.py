@@ -17,7 +17,7 @@ from torch import Tensor
 
 from retouch.errors import BaseMismatchError, HyperparameterError
 from retouch.merge.document import ModelRef, TokenizerConfig, TokenSource
-from retouch.merge.layers import EMBEDDING, HEAD, role
+from retouch.roles import EMBEDDING, HEAD, role
 
 if TYPE_CHECKING:
     from retouch.merge.sources import Memory, Meta, Reader
