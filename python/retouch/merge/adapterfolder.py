@@ -2,7 +2,6 @@
 
 import json
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +138,7 @@ def _plain(config: MergeConfig) -> OutputSlice:
 
 def _shared(
     config: MergeConfig, piece: OutputSlice, method: FactorMethod, weight: str
-) -> Mapping[str, Any] | Any:
+) -> dict[str, Any]:
     blocks = [piece.parameters, config.modules[None].parameters, config.parameters]
     given = {key: lookup(blocks, key, weight, 0.0, p) for key, p in method.shared.items()}
     known = {key: value for key, value in given.items() if value is not None}

@@ -281,8 +281,8 @@ class _Merger:
         pairs = list(zip(every, task.metas, strict=True))
         if task.method is not None and task.method.needs_factors:
             pairs = pairs[len(task.plan.inputs) :]
-            for one in self.factors(task) or []:
-                held += FactorMethod.factor_memory(one.a.numel() + one.b.numel())
+            for found in self.factors(task) or []:
+                held += FactorMethod.factor_memory(found.a.numel() + found.b.numel())
         for one, meta in pairs[::-1]:  # the base first
             memory = self.readers[one.source].memory(one.tensor)
             own = self._cast_bytes(meta) if task.method is not None else 0
