@@ -13,7 +13,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from retouch import compress as compression
-from retouch import deltafile, deltamove, deltaview, hub, ops, updates
+from retouch import deltafile, deltamove, deltapeft, deltaview, hub, ops, updates
 from retouch.deltaentry import Entry
 from retouch.deltamove import Target
 from retouch.deltasource import Source, check_ties
@@ -240,6 +240,48 @@ class Delta(Mapping[str, Entry]):
         entries = compression.compressed(self, steps, base, min_dims)
         metadata = self.metadata | {"compressed": [*map(repr, steps)]}
         return Delta(entries, self.aliases, self.base_model, metadata)
+
+    def to_peft(
+        self,
+        folder: str | Path,
+        rank: int,
+        base: Any = None,
+        *,
+        others: "deltapeft.Others" = "error",
+        fan_in_fan_out: bool = False,
+        task_type: str | None = None,
+        overwrite: bool = False,
+    ) -> dict[str, dict[str, float]]:
+        """Writes the nearest LoRA adapter of some rank, as a folder that PEFT loads.
+
+        Of each weight of a linear layer the leading singular triplets of its change, both factors of one
+        size (`compress.LowRank`), float32, with a scale of 1. Which matrix is of a linear layer is told
+        by name and shape; an embedding, and a weight that is tied to another name, has no such adapter.
+
+        Args:
+            folder: The new folder, which appears when it is complete.
+            rank: Of each change; at most what its shape allows.
+            base: The model that the delta is for; needed where the delta does not hold old values.
+            others: What a LoRA adapter has no place for (norms, biases, embeddings, tied weights, tensors
+                that were added): "error", or "drop": they stay as in the base.
+            fan_in_fan_out: Weights are stored [in, out] (`Conv1D` of GPT-2), as in PEFT's `LoraConfig`.
+            task_type: Of PEFT, such as "CAUSAL_LM": which class of model it makes.
+            overwrite: Replace `folder`.
+
+        Returns:
+            By tensor: `rank` (0: dropped), and `residual`, the share of the change's energy (squared
+            Frobenius norm) that is lost; of a delta that was compressed before at most so much.
+
+        Raises:
+            LayoutError: A changed tensor has no place in the adapter, or no linear layer is changed.
+            FormatError: Old values are not known, and there is no base.
+            BaseMismatchError: `base` is another one.
+            HyperparameterError: A rank below 1, another word for `others`, or a folder that is there already.
+            ScoreError: A change is NaN or infinite.
+        """
+        return deltapeft.to_peft(
+            self, folder, rank, base, others, fan_in_fan_out, task_type, overwrite
+        )
 
     # --- figures -------------------------------------------------------------------------------
 

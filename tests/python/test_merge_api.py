@@ -222,6 +222,24 @@ def test_vocabularies_are_united(tmp_path: Path) -> None:
         retouch.merge(asked | {"chat_template": "chatm"}, tmp_path / "x")
 
 
+def test_a_budget_counts_aligned_vocabularies(tmp_path: Path) -> None:
+    folders = {n: save(tmp_path / n, i, WORDS[n], hidden_size=256) for i, n in enumerate(WORDS)}
+    asked = config(folders, tokenizer_source="union")
+    whole = retouch.merge(asked, tmp_path / "x")
+    with pytest.raises(HyperparameterError, match="that is the least for this merge") as found:
+        retouch.merge(asked, tmp_path / "y", max_ram=8000)
+    # three copies of 6 rows of 256 floats, and what is made of a row
+    least = int(found.value.args[0].split(" needs ")[1].split(" ")[0].replace(",", "").rstrip(":"))
+    assert "embed_tokens" in str(found.value) or "lm_head" in str(found.value)
+    assert least > 3 * 6 * 256 * 4 and not (tmp_path / "y").exists()
+    with pytest.raises(HyperparameterError, match="the least"):
+        retouch.merge(asked, tmp_path / "y", max_ram=least - 1)
+    retouch.merge(asked, tmp_path / "y", max_ram=least)
+    assert weights(whole.out).keys() == weights(tmp_path / "y").keys()
+    for name, want in weights(whole.out).items():
+        assert torch.equal(weights(tmp_path / "y")[name], want)
+
+
 def test_a_head_of_its_own_unties(tmp_path: Path) -> None:
     folders = {
         "base": save(tmp_path / "base", 0, WORDS["base"], tie_word_embeddings=True),

@@ -12,9 +12,10 @@ import torch
 from retouch.errors import BaseMismatchError, HyperparameterError
 from retouch.merge.base import Job, Method, Param
 from retouch.merge.document import MergeConfig, ModelRef
-from retouch.merge.layers import AFTER, BEFORE, EMBEDDING, HEAD, layout, role
+from retouch.merge.layers import layout
 from retouch.merge.mergekit import parse, read
 from retouch.merge.resolve import Resolved, resolve
+from retouch.roles import AFTER, BEFORE, EMBEDDING, HEAD, role
 
 
 class Trimmed(Method):

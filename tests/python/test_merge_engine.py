@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -132,6 +133,45 @@ def test_a_budget_cuts_tensors_and_refuses_what_cannot_be_cut(checkpoints, tmp_p
     with pytest.raises(HyperparameterError, match="the whole tensor of"):
         run(plan_of(checkpoints / "one", "sce"), tmp_path / "z", max_ram=1024)
     assert not (tmp_path / "z").exists()
+
+
+@pytest.mark.parametrize("method", ["ties", "localize_stitch", "pcb", "emr", "opcm"])
+def test_a_budget_is_for_the_passes_over_the_model_too(checkpoints, tmp_path, method):
+    parameters = {"ties": {"weight": 0.5, "density": 0.3}}.get(method, {})
+    shared = {"task": 1} if method == "emr" else {}
+    plan = build(
+        method, [checkpoints / "one" / n for n in "abc"], base=checkpoints / "one" / "base",
+        parameters=parameters, shared=shared, dialect="paper",
+    )  # fmt: skip
+    whole = run(plan, tmp_path / "x")
+    with pytest.raises(HyperparameterError, match="that is the least for this merge") as found:
+        run(plan, tmp_path / "y", max_ram=1000)
+    assert not (tmp_path / "y").exists()
+    least = int(re.search(r"needs ([\d,]+)", str(found.value))[1].replace(",", ""))
+    if method != "opcm":  # whose merge of a whole matrix needs more than a pass
+        assert "in a pass over the whole model" in str(found.value)
+    with pytest.raises(HyperparameterError, match=f"needs {least:,}"):
+        run(plan, tmp_path / "y", max_ram=least - 1)
+    result = run(plan, tmp_path / "y", max_ram=least)
+    assert result.piece_bytes == least <= whole.piece_bytes
+    assert files(tmp_path / "x") == files(tmp_path / "y")
+
+
+def test_passes_see_stretches_where_the_budget_asks_for_it(checkpoints, tmp_path, monkeypatch):
+    plan = build("pcb", [checkpoints / "one" / n for n in "abc"], base=checkpoints / "one" / "base")
+    method, seen = method_named("pcb"), []
+    observe = method.observe
+    monkeypatch.setattr(
+        type(method), "observe",
+        lambda self, job: (seen.append(job.tensors[0].numel()), observe(job)),
+    )  # fmt: skip
+    run(plan, tmp_path / "x")
+    whole = max(seen)
+    seen.clear()
+    bins = 8 << 16  # 12 histograms, 2 to settle one, and one to count with
+    run(plan, tmp_path / "y", max_ram=15 * bins + method.memory(whole // 2, 3, "paper"))
+    assert max(seen) <= whole // 2
+    assert files(tmp_path / "x") == files(tmp_path / "y")
 
 
 def test_the_output_is_a_model(checkpoints, tmp_path):

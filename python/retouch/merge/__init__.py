@@ -7,6 +7,7 @@ by name: `method_names`, `method_named`.
 
 from retouch.merge import (  # noqa: F401  they register
     averages,
+    factormethods,
     geometry,
     measured,
     sparse,
@@ -15,6 +16,7 @@ from retouch.merge import (  # noqa: F401  they register
 )
 from retouch.merge.base import Job, Method, Param, method_named, method_names, register
 from retouch.merge.build import build
+from retouch.merge.collect import collect_fisher, collect_gram
 from retouch.merge.engine import Result, TensorResult, run
 from retouch.merge.plan import Input, Plan, Source, TensorPlan
 from retouch.merge.sources import Reader, open_sources
@@ -31,6 +33,8 @@ __all__ = [
     "TensorPlan",
     "TensorResult",
     "build",
+    "collect_fisher",
+    "collect_gram",
     "method_named",
     "method_names",
     "open_sources",

@@ -13,11 +13,12 @@ import torch
 from retouch import hub
 from retouch._core import __version__
 from retouch.errors import HyperparameterError
+from retouch.merge.adapterfolder import merge_adapters
 from retouch.merge.base import method_named
 from retouch.merge.card import card
 from retouch.merge.document import MergeConfig, ModelRef
 from retouch.merge.engine import Progress, Result, run
-from retouch.merge.layers import EMBEDDING, role
+from retouch.merge.factormethods import FactorMethod
 from retouch.merge.mergekit import parse, read
 from retouch.merge.modelconfig import chat_template, depth, load, tokenizer_files, updated
 from retouch.merge.plan import Plan, Source, kind_of
@@ -25,6 +26,7 @@ from retouch.merge.report import Report, survey
 from retouch.merge.resolve import Resolved, resolve
 from retouch.merge.sources import Checkpoint, Reader, open_sources
 from retouch.merge.tokens import AlignedReader, Vocabulary, align
+from retouch.roles import EMBEDDING, role
 
 __all__ = ["Merged", "Prepared", "merge", "prepare"]
 
@@ -88,6 +90,9 @@ def merge(
 ) -> Merged:
     """Merges models into a new folder.
 
+    Methods on LoRA factors (`robust_merge`, `mos`) merge PEFT adapters: with a base into a model, without
+    one into an adapter that PEFT loads (no report then).
+
     Args:
         config: A mergekit configuration (a YAML file, or what YAML gives), or the models: folders, files,
             Hub ids, ``model+adapter``, folders of deltas of `base`.
@@ -134,6 +139,10 @@ def merge(
             "method, base, parameters, shared, dtype and out_dtype go with a list of models; "
             "a configuration has its own"
         )
+    factors = method_named(document.method)
+    if isinstance(factors, FactorMethod) and document.base_model is None:
+        made = merge_adapters(document, factors, Path(out), overwrite=overwrite, max_ram=max_ram)
+        return Merged(Path(out), made, None)
     ready = prepare(
         document, dialect=chosen, seed=seed, missing=missing, max_shard_size=max_shard_size
     )

@@ -3,13 +3,16 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from retouch.errors import HyperparameterError
 from retouch.names import close_to
+
+if TYPE_CHECKING:
+    from retouch.merge.sources import Factors
 
 __all__ = ["REQUIRED", "Job", "Method", "Param", "method_named", "method_names", "register"]
 
@@ -81,6 +84,8 @@ class Job:
         out_dtype: What `Method.merge` returns.
         state: What the passes over the whole model found (`Method.begin`); None for scope "tensor".
         local: What `Method.prepare` found in the whole tensor.
+        factors: In place of `tensors`, for a method with `needs_factors`: the LoRA factors of each model;
+            None for a weight that no adapter changes.
         masks: In place of what the method would keep of each model by size or at random: one tensor per
             model, nonzero where it stays. None leaves that to the method.
         start: Flat position of the first element in the whole tensor: not 0 only for a stretch.
@@ -98,6 +103,7 @@ class Job:
     out_dtype: torch.dtype = torch.float32
     state: Any = None
     local: Any = None
+    factors: list["Factors"] | None = None
     masks: list[Tensor] | None = None
     start: int = 0
     notes: dict[str, Any] = field(default_factory=dict)
@@ -138,6 +144,9 @@ class Method(ABC):
             see all tensors first.
         pieces: Whether `merge` may be handed a stretch of a tensor along its first dimension. What it
             must know of the whole tensor comes from `prepare`.
+        observes_pieces: Whether `observe` may be handed stretches of a tensor one after the other, with
+            the same bits in the state however a tensor is cut (whole numbers are counted).
+        needs_factors: Whether models are LoRA adapters and `merge` wants their factors, not their weights.
         fixes_base: Whether a coordinate keeps the base's value wherever all models have it, whatever
             the rest of the tensor holds: sparse deltas are then merged on their supports alone.
         dialects: Variants that go by this name; the first is the default.
@@ -152,6 +161,8 @@ class Method(ABC):
     models: ClassVar[tuple[int, int | None]] = (1, None)
     scope: ClassVar[Literal["tensor", "model"]] = "tensor"
     pieces: ClassVar[bool] = False
+    observes_pieces: ClassVar[bool] = False
+    needs_factors: ClassVar[bool] = False
     fixes_base: ClassVar[bool] = False
     dialects: ClassVar[tuple[str, ...]] = ("paper",)
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
@@ -173,15 +184,26 @@ class Method(ABC):
         return None
 
     def observe(self, job: Job) -> None:
-        """Sees one whole tensor in one pass; adds to `job.state` what must not depend on the order."""
+        """Sees one whole tensor in one pass; adds to `job.state` what must not depend on the order.
+
+        With `observes_pieces` it sees a stretch of one.
+        """
         raise NotImplementedError
 
     def settle(self, state: Any) -> bool:
-        """Ends a pass; whether another one is needed."""
+        """Ends a pass; whether another one is needed. The last one frees what `merge` does not need."""
         return False
 
     def memory(self, numel: int, models: int, dialect: str) -> int:
         """Bytes of anonymous memory that `merge` needs beside its inputs and its result."""
+        return 0
+
+    def survey_memory(self, numel: int, models: int, dialect: str) -> int:
+        """Bytes of anonymous memory that `observe` needs beside its inputs; by default as `memory`."""
+        return self.memory(numel, models, dialect)
+
+    def state_memory(self, models: int, tensors: int) -> int:
+        """Bytes that the state of the passes over so many tensors takes while they are made."""
         return 0
 
     def resolve(

@@ -4,10 +4,11 @@ import json
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,9 +16,18 @@ from torch import Tensor
 from retouch import _core, ops
 from retouch.errors import FormatError, HyperparameterError, LayoutError, ShapeError
 from retouch.merge.base import Job, method_named
+from retouch.merge.factormethods import FactorMethod, matched
 from retouch.merge.output import Extra, Result, Task, TensorResult, Writer, files, shards, size
 from retouch.merge.plan import Input, Plan, TensorPlan, natural
-from retouch.merge.sources import NAMES, DeltaReader, Meta, Reader, open_sources
+from retouch.merge.sources import (
+    NAMES,
+    AdapterReader,
+    DeltaReader,
+    Factors,
+    Meta,
+    Reader,
+    open_sources,
+)
 
 __all__ = ["Result", "TensorResult", "run"]
 
@@ -47,8 +57,9 @@ def run(
         plan: What to do.
         out: The new folder.
         overwrite: Replace a checkpoint of that name.
-        max_ram: Bytes of anonymous memory for tensors; None for no limit. Maps of files are not counted:
-            the system takes them back when it needs memory.
+        max_ram: Bytes of anonymous memory for tensors, in the merge and in the passes over the whole model
+            before it; None for no limit. Maps of files are not counted: the system takes them back when
+            it needs memory. Nor is what opened deltas hold.
         progress: Called with tensors done, tensors in all, and a name.
         readers: By source id, in place of what the plan's paths hold.
         extra_files: Small files by name, written into the folder in place of side files of that name
@@ -60,7 +71,7 @@ def run(
 
     Raises:
         HyperparameterError: A method, parameter or dtype is unknown or out of range, or `max_ram` is too
-            small for a tensor, which is named with the least that would do.
+            small: the tensor that needs most is named, with the least that would do.
         ShapeError: The inputs of a tensor have different shapes.
         LayoutError: A method is to merge a tensor that is not of floats.
         FormatError: A source is damaged or lacks a tensor.
@@ -80,13 +91,11 @@ def run(
             raise FormatError(f"the plan makes {a.plan.name} twice")
     result = Result(Path(out), notes=plan.notes)
     merger = _Merger(plan, opened, max_ram, result)
-    rows = [
-        merger.rows(task) for task in tasks
-    ]  # refuses what does not fit before anything is written
+    rows, looks = merger.budget(tasks)  # refuses what does not fit before anything is written
     inputs = sorted({str(p) for r in opened.values() for p in r.paths})
     sink = _core.Sink(result.out, overwrite, inputs)
     try:
-        states = merger.survey(tasks)
+        states = merger.survey(tasks, looks)
         parts = shards(tasks, plan.max_shard_size)
         with Writer(sink) as writer:
             done = 0
@@ -114,6 +123,25 @@ def run(
     )
     result.seconds = time.perf_counter() - began
     return result
+
+
+class _Fit(NamedTuple):
+    """How a tensor is taken: so many rows at a time, with so many bytes."""
+
+    rows: int
+    bytes: int
+    what: str
+    task: Task
+
+
+def _first(task: Task) -> int:
+    """The first dimension, along which tensors are cut."""
+    return task.meta.shape[0] if task.meta.shape else 1
+
+
+def _surveyed(task: Task) -> bool:
+    """Whether its method makes passes over the whole model first."""
+    return task.method is not None and task.method.global_scope(task.dialect)
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
@@ -187,58 +215,86 @@ class _Merger:
         self.plan, self.readers, self.max_ram, self.result = plan, readers, max_ram, result
         self.cast = _dtype(plan.dtype)
 
-    def rows(self, task: Task) -> int:
-        """How much of the first dimension is made at a time.
+    def budget(self, tasks: list[Task]) -> tuple[list[int], dict[str, int]]:
+        """How much of the first dimension of each tensor is taken at a time.
+
+        Returns:
+            For the merge, of each task (-1: all, a copy); for the passes over the whole model, by the
+            name of the tensor.
 
         Raises:
-            HyperparameterError: `max_ram` does not allow even one row.
+            HyperparameterError: `max_ram` does not allow even the smallest pieces.
         """
-        numel = math.prod(task.meta.shape)
-        if task.method is None:
-            return -1
-        every = [*task.plan.inputs] + ([task.plan.base] if task.plan.base else [])
-        held = sum(self._copies(one, meta) for one, meta in zip(every, task.metas, strict=True))
+        groups = Counter(t.group for t in tasks if _surveyed(t))
+        rows, looks = [], {}
+        fits = []
+        for task in tasks:
+            held, reading = self._reading(task)
+            models, method, dialect = len(task.plan.inputs), task.method, task.dialect
+            if method is None:
+                # a copy that is no map of a file: it is written while the next tensor is made
+                fits.append(_Fit(-1, reading, "a copy of the whole tensor", task))
+                rows.append(-1)
+                continue
+            result = 2 * task.meta.dtype.itemsize  # one made, one being written
+            fit = self._fit(
+                task, method.pieces, "",
+                lambda n: max(reading, held + method.memory(n, models, dialect) + n * result),  # noqa: B023
+            )  # fmt: skip
+            rows.append(fit.rows)
+            fits.append(fit)
+            if _surveyed(task):
+                kept = method.state_memory(models, groups[task.group])
+                fit = self._fit(
+                    task, method.observes_pieces, ", in a pass over the whole model",
+                    lambda n: kept + max(reading, held + method.survey_memory(n, models, dialect)),  # noqa: B023
+                )  # fmt: skip
+                looks[task.plan.name] = fit.rows
+                fits.append(fit)
+        most = max(fits, key=lambda fit: fit.bytes)
+        if self.max_ram is not None and most.bytes > self.max_ram:
+            by = "" if most.task.method is None else f" with {most.task.method.name}"
+            raise HyperparameterError(
+                f"max_ram is {self.max_ram:,} bytes, but {most.what} of {most.task.plan.name} needs "
+                f"{most.bytes:,}{by}: that is the least for this merge"
+            )
+        self.result.piece_bytes = most.bytes
+        return rows, looks
 
-        def needed(elements: int) -> int:
-            assert task.method is not None
-            models = len(task.plan.inputs)
-            own = task.method.memory(elements, models, task.dialect)
-            return (
-                held + own + 2 * elements * task.meta.dtype.itemsize
-            )  # one made, one being written
-
-        first = task.meta.shape[0] if task.meta.shape else 1
-        row = numel // max(first, 1)
+    def _fit(self, task: Task, pieces: bool, where: str, needed: Callable[[int], int]) -> "_Fit":
+        """The most rows that the budget allows, the fewest where it allows none."""
+        first = max(_first(task), 1)
+        row = math.prod(task.meta.shape) // first
         limit = math.inf if self.max_ram is None else self.max_ram
-        rows = max(first, 1)
-        if task.method.pieces:
+        rows = first
+        if pieces:
             rows = min(rows, max(1, _PIECE // max(row, 1)))
             while rows > 1 and needed(rows * row) > limit:
                 rows = (rows + 1) // 2
-        elements = rows * row
-        if needed(elements) > limit:
-            what = "one row" if task.method.pieces else "the whole tensor"
-            raise HyperparameterError(
-                f"max_ram is {self.max_ram:,} bytes, but {what} of {task.plan.name} needs "
-                f"{needed(elements):,} with {task.method.name}"
-            )
-        self.result.piece_bytes = max(self.result.piece_bytes, needed(elements))
-        return rows
+        what = ("one row" if pieces else "the whole tensor") + where
+        return _Fit(rows, needed(rows * row), what, task)
 
-    def _copies(self, one: Input, meta: Meta) -> int:
-        """Bytes of what `read` must hold beside maps of files."""
-        numel = math.prod(meta.shape)
-        reader = self.readers[one.source]
-        held = 0
-        if isinstance(reader, DeltaReader):
-            held += size(meta)
-        elif one.tensor in getattr(reader, "_modules", {}):
-            held += 2 * 4 * numel
-        if self.cast is not None and meta.dtype != self.cast:
-            held += numel * self.cast.itemsize
-        elif self.cast is None and meta.dtype not in _NATIVE:
-            held += numel * 4
-        return held
+    def _reading(self, task: Task) -> tuple[int, int]:
+        """Bytes of what `job` reads that are no maps of files, and the most while it reads."""
+        every = [*task.plan.inputs] + ([task.plan.base] if task.plan.base else [])
+        held = most = 0
+        pairs = list(zip(every, task.metas, strict=True))
+        if task.method is not None and task.method.needs_factors:
+            pairs = pairs[len(task.plan.inputs) :]
+            for found in self.factors(task) or []:
+                held += FactorMethod.factor_memory(found.a.numel() + found.b.numel())
+        for one, meta in pairs[::-1]:  # the base first
+            memory = self.readers[one.source].memory(one.tensor)
+            own = self._cast_bytes(meta) if task.method is not None else 0
+            most = max(most, held + max(memory.peak, memory.held + own))
+            held += own or memory.held  # what was read goes once it is cast
+        return held, most
+
+    def _cast_bytes(self, meta: Meta) -> int:
+        """Bytes of the copy that `read` makes of a tensor; 0 for none."""
+        if self.cast is not None:
+            return 0 if meta.dtype == self.cast else math.prod(meta.shape) * self.cast.itemsize
+        return 0 if meta.dtype in _NATIVE else math.prod(meta.shape) * 4
 
     def read(self, one: Input) -> Tensor:
         """A tensor as methods take it."""
@@ -252,17 +308,34 @@ class _Merger:
     def job(self, task: Task, state: Any = None) -> Job:
         """The whole tensor as a job."""
         plan = task.plan
+        by_factors = task.method is not None and task.method.needs_factors
         return Job(
             plan.name, None if plan.base is None else self.read(plan.base),
-            [self.read(one) for one in plan.inputs], [one.source for one in plan.inputs],
+            [] if by_factors else [self.read(one) for one in plan.inputs],
+            [one.source for one in plan.inputs],
             task.parameters, task.shared, task.dialect, self.plan.seed, task.meta.dtype, state,
+            factors=self.factors(task) if by_factors else None,
         )  # fmt: skip
 
-    def survey(self, tasks: list[Task]) -> dict[str, Any]:
+    def factors(self, task: Task) -> list[Factors] | None:
+        """The LoRA factors of the inputs for one weight; None if there are none."""
+        found, names = [], [one.source for one in task.plan.inputs]
+        for one in task.plan.inputs:
+            reader = self.readers[one.source]
+            if not isinstance(reader, AdapterReader):
+                assert task.method is not None
+                raise HyperparameterError(
+                    f"{task.method.name} merges the factors of LoRA adapters, but {one.source} is none "
+                    "(nor is one whose vocabulary was aligned)"
+                )
+            found.append(reader.factors(one.tensor))
+        return matched(found, names, task.plan.name)
+
+    def survey(self, tasks: list[Task], rows: Mapping[str, int]) -> dict[str, Any]:
         """The passes over the whole model of the methods that need them; their states by group."""
         groups: dict[str, list[Task]] = {}
         for task in tasks:
-            if task.method is not None and task.method.global_scope(task.dialect):
+            if _surveyed(task):
                 groups.setdefault(task.group, []).append(task)
         heads: dict[str, str] = {}
         for key, members in groups.items():
@@ -280,7 +353,13 @@ class _Merger:
             state = method.begin(self.job(members[0]))
             while True:
                 for task in members:
-                    method.observe(self.job(task, state))
+                    job = self.job(task, state)
+                    first, step = _first(task), rows[task.plan.name]
+                    if step >= first:
+                        method.observe(job)
+                        continue
+                    for at in range(0, first, step):
+                        method.observe(job.piece(at, min(at + step, first)))
                 if not method.settle(state):
                     break
             states[key] = state
@@ -312,7 +391,7 @@ class _Merger:
         job = self.job(task, state)
         job.notes = report.notes
         job.local = task.method.prepare(job)
-        first = task.meta.shape[0] if task.meta.shape else 1
+        first = _first(task)
         if rows >= first or rows < 1:
             writer.put(task.file, plan.name, 0, _checked(task, task.method.merge(job)))
             return

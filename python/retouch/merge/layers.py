@@ -7,30 +7,11 @@ from itertools import takewhile
 
 from retouch.errors import HyperparameterError
 from retouch.names import close_to
+from retouch.roles import EMBEDDING, role
 
-__all__ = ["AFTER", "BEFORE", "EMBEDDING", "HEAD", "Layout", "layout", "role"]
-
-# What a tensor outside the layers is. Embedding and head have one row for each token.
-EMBEDDING, HEAD, BEFORE, AFTER = "embedding", "head", "before", "after"
+__all__ = ["Layout", "layout"]
 
 _NUMBER = re.compile(r"\.(\d+)\.")
-_EMBEDDING = re.compile(
-    r"(?:^|\.)(?:embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|shared)\.weight$"
-)
-_HEAD = re.compile(  # GPT-NeoX's embed_out is a head
-    r"(?:^|\.)(?:(?:lm_head|embed_out|output|predictions\.decoder)\.(?:weight|bias)"
-    r"|predictions\.bias|final_logits_bias)$"
-)
-_BEFORE = re.compile(r"(?:^|[._])(?:emb|embed|embeddings?|wpe)(?:[._]|$)")
-
-
-def role(name: str) -> str:
-    """What a tensor that is in no layer is, by its name: EMBEDDING, HEAD, BEFORE or AFTER."""
-    if _EMBEDDING.search(name):
-        return EMBEDDING
-    if _HEAD.search(name):
-        return HEAD
-    return BEFORE if _BEFORE.search(name) else AFTER
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What methods on matrices have in common, and statistics that come as files beside the models."""
 
+import os
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -12,10 +13,12 @@ from retouch.deltasource import Source
 from retouch.linalg import one_thread
 from retouch.merge.base import Job, Method, Param
 
-__all__ = ["LAMBDA", "WEIGHT", "MatrixMethod", "mean", "statistic"]
+__all__ = ["LAMBDA", "NUMBER", "WEIGHT", "MatrixMethod", "mean", "statistic"]
 
 WEIGHT = Param(float, 1.0, help="factor of the model's difference to the base")
 LAMBDA = Param(float, 1.0, help="factor of the merged difference")
+NUMBER = 128
+"""Bytes of a Python number in a list in a dictionary, with its share of both, generously."""
 
 
 class MatrixMethod(Method):
@@ -71,7 +74,7 @@ def mean(tensors: Sequence[Tensor]) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _file(path: str) -> Mapping[str, Callable[[], Tensor]]:
+def _file(path: str, stamp: int) -> Mapping[str, Callable[[], Tensor]]:
     return Source(path).read
 
 
@@ -82,5 +85,7 @@ def statistic(path: str, name: str) -> Tensor | None:
         path: A safetensors file, or a folder of them.
         name: Of the parameter, as in the checkpoint.
     """
-    found = _file(path).get(name)
+    # a file that was measured anew is another one
+    stamp = os.stat(path).st_mtime_ns if os.path.exists(path) else 0
+    found = _file(path, stamp).get(name)
     return None if found is None else found()

@@ -10,7 +10,7 @@ from retouch import ops
 from retouch.errors import FormatError
 from retouch.merge import editing, statistics, trajectory
 from retouch.merge.base import REQUIRED, Job, Method, Param, register
-from retouch.merge.matrixmethod import LAMBDA, WEIGHT, MatrixMethod, mean, statistic
+from retouch.merge.matrixmethod import LAMBDA, NUMBER, WEIGHT, MatrixMethod, mean, statistic
 
 __all__ = ["RELEX", "AlphaRL", "BitDelta", "DareShare", "Fisher", "RankK", "RegMean"]
 
@@ -57,7 +57,16 @@ class Fisher(Method):
         columns = zip(*state.squares.values(), strict=True)
         inverse = [1 / max(math.sqrt(math.fsum(column)), 1e-300) for column in columns]
         state.factors = [x / sum(inverse) for x in inverse]
+        state.squares.clear()
         return False
+
+    def survey_memory(self, numel: int, models: int, dialect: str) -> int:
+        """One Fisher tensor in float64, and its square."""
+        return 16 * numel
+
+    def state_memory(self, models: int, tensors: int) -> int:
+        """One number for each model and tensor."""
+        return NUMBER * models * tensors
 
     def files(self, job: Job) -> list[Tensor]:
         """The Fisher information of every model for this tensor."""

@@ -11,9 +11,10 @@ from typing import Literal, TypeAlias
 from retouch.errors import BaseMismatchError, HyperparameterError
 from retouch.merge.base import Method
 from retouch.merge.document import MergeConfig, ModelRef, Module, OutputSlice, SliceSource
-from retouch.merge.layers import AFTER, EMBEDDING, HEAD, layout, role
+from retouch.merge.layers import layout
 from retouch.merge.plan import Input, TensorPlan, natural
 from retouch.merge.settings import check_names, lookup
+from retouch.roles import AFTER, EMBEDDING, HEAD, role
 
 __all__ = ["Catalog", "Resolved", "resolve"]
 

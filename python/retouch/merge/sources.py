@@ -1,8 +1,8 @@
 """What a merge reads: checkpoints through a memory map, deltas and adapters over their base."""
 
 import json
+import math
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -16,7 +16,7 @@ from retouch.deltasource import _files
 from retouch.errors import BaseMismatchError, FormatError, ShapeError
 from retouch.merge.plan import Plan, Source
 
-__all__ = ["Meta", "Reader", "open_sources"]
+__all__ = ["Adapter", "Factors", "Memory", "Meta", "Reader", "open_sources"]
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -33,6 +33,13 @@ class Meta(NamedTuple):
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+
+class Memory(NamedTuple):
+    """Bytes of anonymous memory: of a tensor that was read, and at most while it was read."""
+
+    held: int
+    peak: int
 
 
 class Sparse(NamedTuple):
@@ -64,6 +71,10 @@ class Reader(Protocol):
 
     def read(self, name: str) -> Tensor:
         """The tensor; not to be written, it may be a view of a mapped file."""
+        ...
+
+    def memory(self, name: str) -> "Memory":
+        """What `read` takes beside maps of files."""
         ...
 
 
@@ -104,6 +115,10 @@ class Checkpoint:
         tensor: Tensor = self._file(name).get_tensor(name)
         # a file may hold a tensor at an odd address; kernels need whole elements
         return tensor if tensor.data_ptr() % max(tensor.element_size(), 1) == 0 else tensor.clone()
+
+    def memory(self, name: str) -> Memory:
+        """See `Reader`."""
+        return Memory(0, 0)
 
     def _file(self, name: str) -> Any:
         if name not in self._files:
@@ -180,6 +195,17 @@ class DeltaReader:
         ops.put_(out, entry.index, entry.value, name)
         return out
 
+    def memory(self, name: str) -> Memory:
+        """See `Reader`; what the delta itself holds is in memory whether it is merged or not."""
+        entry = self._entries.get(name)
+        if entry is None:
+            return self.base.memory(name)
+        own = math.prod(entry.shape) * entry.dtype.itemsize
+        # a change is decoded and added in float32 at least
+        wide = 0 if entry.change is None else 3 * entry.count * max(4, entry.dtype.itemsize)
+        below = Memory(0, 0) if entry.kind == "added" else self.base.memory(name)
+        return Memory(own, own + wide + below.peak)
+
     def _check(self, name: str, entry: Entry, base: Tensor) -> None:
         if tuple(base.shape) != tuple(entry.shape) or base.dtype != entry.dtype:
             raise BaseMismatchError(
@@ -192,26 +218,45 @@ class DeltaReader:
             )
 
 
-class AdapterReader:
-    """A base with a PEFT LoRA adapter: each weight is widened, B A times the scale added in float32.
+class Factors(NamedTuple):
+    """The LoRA of one linear layer: ``scale * B A`` is added to its weight [out, in].
+
+    Attributes:
+        a: [rank, in].
+        b: [out, rank].
+        scale: What B A is multiplied by.
+        transposed: The weight is [in, out] (PEFT's `fan_in_fan_out`).
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float
+    transposed: bool
+
+
+class Adapter:
+    """A PEFT LoRA adapter by itself.
 
     Args:
         path: Folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
-        base: The model that it was trained on.
+
+    Attributes:
+        config: What ``adapter_config.json`` holds.
+        keys: For the name of each weight that it changes, those of A and B in the file.
 
     Raises:
-        FormatError: It is no plain LoRA (DoRA, biases, whole modules and such are refused by name), or a
-            module of it is not in the base.
+        FormatError: It is no plain LoRA (DoRA, biases, whole modules and such are refused by name).
     """
 
-    def __init__(self, path: Path, base: Reader) -> None:
-        self.paths = [path, *base.paths]
-        self.folder, self._base, self._path = base.folder, base, path
+    def __init__(self, path: Path) -> None:
+        self.path = path
         try:
-            self._config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+            self.config: dict[str, Any] = json.loads(
+                (path / "adapter_config.json").read_text(encoding="utf-8")
+            )
         except ValueError as e:
             raise FormatError(f"{path / 'adapter_config.json'}: not valid JSON ({e})") from e
-        config: Mapping[str, Any] = self._config
+        config = self.config
         if config.get("peft_type") != "LORA":
             raise FormatError(
                 f"{path}: peft_type is {config.get('peft_type')!r}; only LORA is merged"
@@ -221,21 +266,66 @@ class AdapterReader:
                 raise FormatError(f"{path}: {key} is set; only plain LoRA is merged")
         if config.get("bias", "none") != "none":
             raise FormatError(f"{path}: it trains biases; only plain LoRA is merged")
-        self._factors = Checkpoint(path / "adapter_model.safetensors")
-        self._modules: dict[str, tuple[str, str]] = {}
-        known = set(base.names())
+        self.file = Checkpoint(path / "adapter_model.safetensors")
+        self.keys: dict[str, tuple[str, str]] = {}
         used = set()
-        for key in self._factors.names():
+        for key in self.file.names():
             match = re.fullmatch(r"(?:base_model\.model\.)?(.*)\.lora_A\.weight", key)
             if match is None:
                 continue
-            module, other = match[1], key.replace(".lora_A.", ".lora_B.")
-            if (weight := f"{module}.weight") not in known:
-                raise FormatError(f"{path}: the base has no {weight}, which {key} changes")
-            self._modules[weight] = (key, other)
+            other = key.replace(".lora_A.", ".lora_B.")
+            self.keys[f"{match[1]}.weight"] = (key, other)
             used |= {key, other}
-        if rest := set(self._factors.names()) - used:
+        if rest := set(self.file.names()) - used:
             raise FormatError(f"{path}: {min(rest)} is no factor of a plain LoRA on a linear layer")
+
+    def factors(self, name: str) -> Factors | None:
+        """The factors for a weight, as they are stored; None if the adapter does not change it.
+
+        Raises:
+            ShapeError: They do not fit each other.
+        """
+        if name not in self.keys:
+            return None
+        a, b = (self.file.read(key) for key in self.keys[name])
+        if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
+            raise ShapeError(
+                f"{self.path}: B {tuple(b.shape)} and A {tuple(a.shape)} of {name} do not fit"
+            )
+        return Factors(a, b, self._scale(name), bool(self.config.get("fan_in_fan_out")))
+
+    def _scale(self, name: str) -> float:
+        config, module = self.config, name.removesuffix(".weight")
+
+        def pattern(key: str, default: float) -> float:
+            for rule, value in (config.get(key) or {}).items():
+                if re.match(rf"(.*\.)?({rule})$", module):
+                    return float(value)
+            return default
+
+        rank = self.file.meta(self.keys[name][0]).shape[0]
+        alpha = pattern("alpha_pattern", float(config.get("lora_alpha", rank)))
+        return float(alpha / rank**0.5 if config.get("use_rslora") else alpha / rank)
+
+
+class AdapterReader:
+    """A base with a PEFT LoRA adapter: each weight is widened, B A times the scale added in float32.
+
+    Args:
+        path: See `Adapter`.
+        base: The model that it was trained on.
+
+    Raises:
+        FormatError: See `Adapter`; or a module of it is not in the base.
+    """
+
+    def __init__(self, path: Path, base: Reader) -> None:
+        self.paths = [path, *base.paths]
+        self.folder, self._base, self._path = base.folder, base, path
+        self._adapter = Adapter(path)
+        for weight in sorted(self._adapter.keys.keys() - set(base.names())):
+            key = self._adapter.keys[weight][0]
+            raise FormatError(f"{path}: the base has no {weight}, which {key} changes")
 
     def names(self) -> list[str]:
         """See `Reader`."""
@@ -244,37 +334,41 @@ class AdapterReader:
     def meta(self, name: str) -> Meta:
         """See `Reader`; an adapted weight comes as float32."""
         meta = self._base.meta(name)
-        return Meta(meta.shape, torch.float32) if name in self._modules else meta
+        return Meta(meta.shape, torch.float32) if name in self._adapter.keys else meta
 
-    def scale(self, name: str) -> float:
-        """What B A is multiplied by for this weight."""
-        config, module = self._config, name.removesuffix(".weight")
+    def factors(self, name: str) -> Factors | None:
+        """The factors for a weight; None if the adapter does not change it.
 
-        def pattern(key: str, default: float) -> float:
-            for rule, value in (config.get(key) or {}).items():
-                if re.match(rf"(.*\.)?({rule})$", module):
-                    return float(value)
-            return default
+        Raises:
+            ShapeError: They do not fit it.
+        """
+        found = self._adapter.factors(name)
+        if found is None:
+            return None
+        shape = self._base.meta(name).shape
+        want = shape[::-1] if found.transposed else shape
+        if (found.b.shape[0], found.a.shape[1]) != tuple(want):
+            raise ShapeError(
+                f"{self._path}: B {tuple(found.b.shape)} times A {tuple(found.a.shape)} does not fit "
+                f"{name} {tuple(shape)}"
+            )
+        return found
 
-        rank = self._factors.meta(self._modules[name][0]).shape[0]
-        alpha = pattern("alpha_pattern", float(config.get("lora_alpha", rank)))
-        return float(alpha / rank**0.5 if config.get("use_rslora") else alpha / rank)
+    def memory(self, name: str) -> Memory:
+        """See `Reader`; an adapted weight, what is added to it, and that before it is scaled."""
+        below = self._base.memory(name)
+        if name not in self._adapter.keys:
+            return below
+        own = 4 * math.prod(self.meta(name).shape)
+        return Memory(own, 3 * own + below.peak)
 
     def read(self, name: str) -> Tensor:
         """See `Reader`."""
-        weight = self._base.read(name)
-        if name not in self._modules:
+        weight, found = self._base.read(name), self.factors(name)
+        if found is None:
             return weight
-        a, b = (self._factors.read(key).float() for key in self._modules[name])
-        transposed = bool(self._config.get("fan_in_fan_out"))
-        want = weight.t().shape if transposed else weight.shape
-        if a.dim() != 2 or b.dim() != 2 or (b.shape[0], a.shape[1]) != tuple(want):
-            raise ShapeError(
-                f"{self._path}: B {tuple(b.shape)} times A {tuple(a.shape)} does not fit {name} "
-                f"{tuple(weight.shape)}"
-            )
-        change = (b @ a) * self.scale(name)
-        return weight.float() + (change.t() if transposed else change)
+        change = (found.b.float() @ found.a.float()) * found.scale
+        return weight.float() + (change.t() if found.transposed else change)
 
 
 def open_sources(plan: Plan) -> dict[str, Reader]:

@@ -60,6 +60,7 @@ class TIES(Method):
         ),
     }
     pieces = True
+    observes_pieces = True
     dialects = ("paper", "mergekit", "peft")
     defaults = {"paper": {"density": 0.2}}
 
@@ -99,6 +100,14 @@ class TIES(Method):
             return True
         state["majority"] = float((state["signs"] > 0) - (state["signs"] < 0))
         return False
+
+    def survey_memory(self, numel: int, models: int, dialect: str) -> int:
+        """The vote of the third pass: its sum, and the signs as whole numbers."""
+        return max(16 * numel, Histogram.counting(numel))
+
+    def state_memory(self, models: int, tensors: int) -> int:
+        """One histogram for each model."""
+        return Histogram.memory(models)
 
     def _trim(self, job: Job, streams: Streams) -> None:
         streams.low = [(bound, EVERY) for bound in job.state["bounds"]]

@@ -9,7 +9,7 @@ from torch import Tensor
 from retouch import ops
 from retouch.merge import editing, matrix
 from retouch.merge.base import REQUIRED, Job, Method, Param, register
-from retouch.merge.matrixmethod import LAMBDA, WEIGHT, MatrixMethod
+from retouch.merge.matrixmethod import LAMBDA, NUMBER, WEIGHT, MatrixMethod
 
 __all__ = ["OPCM", "TSV", "WUDI", "IsoC", "IsoCTS", "KnOTS", "TwinMerging"]
 
@@ -169,7 +169,13 @@ class OPCM(MatrixMethod):
         columns = zip(*state.models.values(), strict=True)
         norms = [math.sqrt(math.fsum(column)) for column in columns]
         state.scale = matrix.opcm_scale(math.sqrt(math.fsum(state.merged.values())), norms)
+        state.models.clear()
+        state.merged.clear()
         return False
+
+    def state_memory(self, models: int, tensors: int) -> int:
+        """One number for each model and tensor, and one for each tensor."""
+        return NUMBER * (models + 1) * tensors
 
     def matrix(self, job: Job, deltas: list[Tensor]) -> Tensor:
         """The merged difference of a matrix."""

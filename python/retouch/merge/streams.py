@@ -17,6 +17,8 @@ Cut = tuple[float, int]
 """A magnitude, and the last flat position that is kept among those that equal it."""
 
 EVERY = 2**63 - 1
+_BINS = 8 << 16  # bytes of a histogram
+_CHUNK = 1 << 16  # elements that the kernel counts at a time
 
 
 @dataclass
@@ -142,3 +144,14 @@ class Histogram:
             self._bins = np.zeros(1 << 16, np.int64)
         else:
             self.value = _core.key_value((self.high << 16) | found, self.signed)
+            self._bins = np.zeros(0, np.int64)  # the merge that follows needs the value alone
+
+    @staticmethod
+    def memory(count: int) -> int:
+        """Bytes of so many histograms, with what `settle` needs for one of them."""
+        return (count + 2) * _BINS
+
+    @staticmethod
+    def counting(numel: int) -> int:
+        """Bytes that `add` needs for so many elements: each part of the work has bins of its own."""
+        return min(2 * torch.get_num_threads(), -(-numel // _CHUNK)) * _BINS

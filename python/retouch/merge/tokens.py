@@ -5,6 +5,7 @@ cut off silently. A token that a model lacks gets, as in mergekit: what the conf
 row of the only model that has it; else the row of the base; else the mean of those that have it.
 """
 
+import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,10 +17,10 @@ from torch import Tensor
 
 from retouch.errors import BaseMismatchError, HyperparameterError
 from retouch.merge.document import ModelRef, TokenizerConfig, TokenSource
-from retouch.merge.layers import EMBEDDING, HEAD, role
+from retouch.roles import EMBEDDING, HEAD, role
 
 if TYPE_CHECKING:
-    from retouch.merge.sources import Meta, Reader
+    from retouch.merge.sources import Memory, Meta, Reader
 
 __all__ = ["AlignedReader", "Vocabulary", "align", "load_tokenizer", "union"]
 
@@ -127,6 +128,33 @@ class AlignedReader:
             out[count:] = out[:count].float().mean(0).to(out.dtype)
         return out
 
+    def memory(self, name: str) -> "Memory":
+        """See `Reader`: rows in a new order are a copy, and so are the tensors of donors while they lend."""
+        from retouch.merge.sources import Memory
+
+        inner = self.inner.memory(name)
+        meta = self.inner.meta(name)
+        if not has_token_rows(name, meta.shape):
+            return inner
+        words, mine = self.vocabulary, self.vocabulary.models[self.model]
+        width = math.prod(meta.shape[1:])
+        own = words.rows * width * meta.dtype.itemsize
+        known = [t for t in words.tokens if t in mine and not self._forced(t)]
+        steps = [len(known) * width * meta.dtype.itemsize]
+        others = [token for token in words.tokens if token not in set(known)]
+        for models, tokens in self._grouped(others):
+            lent = max((self._lent(model, name) for model in models), default=0)
+            # the rows of each donor, those in float32 and stacked, their mean
+            steps.append(lent + len(tokens) * width * (16 * len(models) + 8))
+        count = max(words.tokens.values()) + 1
+        if words.rows > count:
+            steps.append(count * width * (4 + meta.dtype.itemsize))
+        return Memory(own, max(inner.peak, inner.held + own + max(steps)))
+
+    def _lent(self, model: ModelRef, name: str) -> int:
+        reader = self.readers[model]
+        return reader.memory(self._name(model, name)).peak
+
     def _forced(self, token: str) -> bool:
         given = self.vocabulary.sources.get(token)
         return given is not None and given.force
@@ -144,14 +172,16 @@ class AlignedReader:
 
     def _tensor(self, model: ModelRef, name: str) -> Tensor:
         """The same tensor of another model; the embedding where it has no head of its own."""
-        reader = self.readers[model]
-        names = reader.names()
+        return self.readers[model].read(self._name(model, name))
+
+    def _name(self, model: ModelRef, name: str) -> str:
+        names = self.readers[model].names()
         if name in names:
-            return reader.read(name)
+            return name
         tied = next((n for n in names if role(n) == EMBEDDING), None)
         if tied is None:
             raise BaseMismatchError(f"{model} has no {name}, from which rows of tokens are needed")
-        return reader.read(tied)
+        return tied
 
 
 def has_token_rows(name: str, shape: Sequence[int]) -> bool:

@@ -130,6 +130,10 @@ class EMR(Method):
         part = Job(job.name, None, [masked], [job.models[own]], [], {}, job.dialect)
         job.state["masked"] += Streams.of(part).sums()[0][0] / n
 
+    def survey_memory(self, numel: int, models: int, dialect: str) -> int:
+        """What the mask leaves of the tensor."""
+        return 4 * numel
+
     def merge(self, job: Job) -> Tensor:
         """See `Method`."""
         model, masked = job.state["model"], job.state["masked"]
@@ -148,6 +152,7 @@ class LocalizeStitch(Method):
     per_model = {"density": Param(float, 0.05, 0.0, 1.0, help="the share that is kept")}
     scope = "model"
     pieces = True
+    observes_pieces = True
 
     def begin(self, job: Job) -> dict[str, Any]:
         """See `Method`."""
@@ -171,6 +176,14 @@ class LocalizeStitch(Method):
             histogram.settle(max(1, int(histogram.total * density)))
         return bool(state["pass"] < 2)
 
+    def survey_memory(self, numel: int, models: int, dialect: str) -> int:
+        """What the kernel counts with."""
+        return Histogram.counting(numel)
+
+    def state_memory(self, models: int, tensors: int) -> int:
+        """One histogram for each model."""
+        return Histogram.memory(models)
+
     def merge(self, job: Job) -> Tensor:
         """See `Method`."""
         streams = Streams.of(job)
@@ -192,6 +205,7 @@ class PCB(Method):
     shared = {"ratio": Param(float, 0.1, 0.0, 1.0, help="the share of scores that counts")}
     scope = "model"
     pieces = True
+    observes_pieces = True
 
     def begin(self, job: Job) -> dict[str, Any]:
         """See `Method`."""
@@ -262,6 +276,14 @@ class PCB(Method):
     def memory(self, numel: int, models: int, dialect: str) -> int:
         """See `Method`."""
         return 4 * numel * (3 * models + 6)
+
+    def survey_memory(self, numel: int, models: int, dialect: str) -> int:
+        """The scores, and what the kernel counts with."""
+        return self.memory(numel, models, dialect) + Histogram.counting(numel)
+
+    def state_memory(self, models: int, tensors: int) -> int:
+        """Four histograms for each model."""
+        return Histogram.memory(4 * models)
 
 
 @register("arcee_fusion")

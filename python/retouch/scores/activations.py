@@ -1,6 +1,7 @@
 """Scores from what goes into linear layers, without gradients."""
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -13,6 +14,66 @@ from retouch.errors import HyperparameterError, ScoreError
 from retouch.names import register_score as register
 from retouch.passes import Eligible, LossFn, kept, outputs_of
 from retouch.scores.base import Score
+
+
+def each_input(
+    model: nn.Module,
+    layers: Eligible,
+    take: Callable[[str, Tensor], None],
+    data: Any,
+    loss_fn: LossFn | None = None,
+) -> None:
+    """Hands the inputs of linear layers to `take`, one batch after the other, in evaluation mode.
+
+    Args:
+        model: The model; left as it was.
+        layers: Weights of linear layers, by name; of tied ones every use counts.
+        take: Gets the name and the inputs, [tokens, features].
+        data: Batches, see `retouch.batches.Batches`.
+        loss_fn: Called in place of the model, for the forward pass that it makes.
+
+    Raises:
+        ScoreError: No layer was called.
+    """
+    handles, called = [], False
+
+    def watch(name: str, module: nn.Module) -> None:
+        def hand_over(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            nonlocal called
+            features = (args[0] if args else kwargs["input"]).detach()
+            rows = features.reshape(-1, features.shape[-1])
+            called |= rows.shape[0] > 0
+            take(name, rows)
+
+        handles.append(module.register_forward_pre_hook(hand_over, with_kwargs=True))
+
+    with kept(model), torch.no_grad():
+        try:
+            for name, candidate in layers.items():
+                for alias in candidate.aliases:
+                    watch(name, model.get_submodule(alias.rpartition(".")[0]))
+            model.eval()
+            device = next((p.device for _, p in own_parameters(model)), torch.device("cpu"))
+            for batch in data if isinstance(data, Batches) else Batches(data):
+                batch = to_device(batch, device)
+                _ = outputs_of(model, batch) if loss_fn is None else loss_fn(model, batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+    if not called:
+        raise ScoreError("the data hold no batch, or no eligible layer was called")
+
+
+def input_dim(candidate: Candidate) -> int | None:
+    """The dimension of the input features of the weight of a linear layer; None if it is none."""
+    if (
+        candidate.kind not in ("linear", "head", "output")
+        or candidate.column_dims is None
+        or candidate.param.dim() != 2
+        or isinstance(candidate.module, nn.MultiheadAttention)  # its projections are no modules
+    ):
+        return None
+    return candidate.column_dims[0]
 
 
 @register("activation")
@@ -57,32 +118,13 @@ class Activation(Score):
             raise ScoreError(f"the score {self!r} needs data: pass data= (batches)")
         sums = {n: _zeros(c) for n, c in eligible.items()}
         tokens = dict.fromkeys(eligible, 0)
-        handles = []
 
-        def watch(name: str, module: nn.Module) -> None:
-            def take(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                features = (args[0] if args else kwargs["input"]).detach()
-                rows = features.reshape(-1, features.shape[-1]).to(torch.float32)
-                sums[name] += rows.square().sum(0, dtype=torch.float64)
-                tokens[name] += rows.shape[0]
+        def take(name: str, rows: Tensor) -> None:
+            wide = rows.to(torch.float32)
+            sums[name] += wide.square().sum(0, dtype=torch.float64)
+            tokens[name] += rows.shape[0]
 
-            handles.append(module.register_forward_pre_hook(take, with_kwargs=True))
-
-        with kept(model), torch.no_grad():
-            try:
-                for name, candidate in eligible.items():
-                    for alias in candidate.aliases:
-                        watch(name, model.get_submodule(alias.rpartition(".")[0]))
-                model.eval()
-                device = next((p.device for _, p in own_parameters(model)), torch.device("cpu"))
-                for batch in data if isinstance(data, Batches) else Batches(data):
-                    batch = to_device(batch, device)
-                    _ = outputs_of(model, batch) if loss_fn is None else loss_fn(model, batch)
-            finally:
-                for handle in handles:
-                    handle.remove()
-        if not any(tokens.values()):
-            raise ScoreError("the data hold no batch, or no eligible layer was called")
+        each_input(model, eligible, take, data, loss_fn)
         return {n: self._score(c, sums[n], tokens[n]) for n, c in eligible.items()}
 
     def _score(self, candidate: Candidate, sums: Tensor, tokens: int) -> Tensor:
@@ -113,18 +155,13 @@ class Wanda(Activation):
 
 def _columns(candidate: Candidate) -> int:
     """The dimension of the input features of a linear layer."""
-    module = candidate.module
-    if (
-        candidate.kind not in ("linear", "head", "output")
-        or candidate.column_dims is None
-        or candidate.param.dim() != 2
-        or isinstance(module, nn.MultiheadAttention)  # its projections are no modules
-    ):
+    found = input_dim(candidate)
+    if found is None:
         raise HyperparameterError(
             f"{candidate.name} is not the weight of a linear layer, and scores of activations are "
             "for these alone: leave it out of target_modules, or train it whole"
         )
-    return candidate.column_dims[0]
+    return found
 
 
 def _zeros(candidate: Candidate) -> Tensor:
