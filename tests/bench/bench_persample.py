@@ -2,7 +2,8 @@
 
     OMP_NUM_THREADS=2 python tests/bench/bench_persample.py [--quick] [--length 32] [--batch 32]
 
-Both are `Fisher()`; batches of one make it the loop. The scores must be equal before anything is timed.
+"loop in torch" is what a user writes: one sample, backward, add the squares of all gradients. "loop over
+single samples" is `Fisher()` given batches of one. The scores must be equal before anything is timed.
 """
 
 import argparse
@@ -42,11 +43,25 @@ def main() -> None:
     found = candidates(model, SelectConfig(score="fisher", density=0.01, target_modules=None))
     eligible = {name: c for name, c in found.items() if c.state != "frozen"}
     count = sum(c.numel for c in eligible.values())
+    weights = {n: p for n, p in model.named_parameters() if n in eligible}
+
+    def loop() -> dict[str, torch.Tensor]:
+        sums = {n: torch.zeros_like(p) for n, p in weights.items()}
+        for sample in singles:
+            model.zero_grad()
+            model(**sample).loss.backward()
+            for n, p in weights.items():
+                if p.grad is not None:
+                    sums[n].addcmul_(p.grad, p.grad)
+        model.zero_grad()
+        return sums
+
     ways = {
+        "loop in torch": loop,
         "retouch": lambda: Fisher()(model, eligible, batches),
         "loop over single samples": lambda: Fisher()(model, eligible, singles),
     }
-    ours, theirs = (run() for run in ways.values())
+    theirs, ours = (ways[name]() for name in ("loop in torch", "retouch"))
     # the gradient of the bias of attention keys is zero but for rounding
     floor = 1e-9 * max(float(t.max()) for t in theirs.values())
     worst = max(
