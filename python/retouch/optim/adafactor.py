@@ -1,5 +1,6 @@
 """Adafactor whose factored second moments are those of the selected entries."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,16 +157,16 @@ def factors_of(value: Tensor, selection: Selection | None) -> "_Grid | _Scattere
     return _Scattered.of(selection, value.device) if selection.count > lines else None
 
 
-class _Factors:
+class _Factors(ABC):
     """Factors of a second moment: means of squares over rows and columns."""
 
+    @abstractmethod
     def estimate(self, state: State, eps: float) -> Tensor:
         """The second moment of each coordinate."""
-        raise NotImplementedError
 
+    @abstractmethod
     def each(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         """What rows and columns have, for each coordinate."""
-        raise NotImplementedError
 
     def spread(self, state: State, like: Tensor) -> State:
         """Second moment and age of each coordinate, in the shape of `like`."""
@@ -361,7 +362,7 @@ def _weight(step: Tensor, decay: float, like: Tensor) -> float | Tensor:
     """What the newest square weighs at a step, or at that of each coordinate."""
     if _shared(step):
         return float(float(step) ** decay)
-    return step.to(like.device, torch.float64).pow_(decay).to(like.dtype)
+    return step.to(like.device, torch.float64).pow(decay).to(like.dtype)
 
 
 def _shared(step: Tensor) -> bool:
