@@ -141,6 +141,11 @@ def adamw_step_(
     beta1, beta2 = (float(beta) for beta in group["betas"])
     opening, closed, decay_closed = gates.Opening(), "updated", False
     if gate is not None:
+        if gate.each_backward and at.slot is None and param.numel():
+            raise HyperparameterError(
+                f"the gate of {at.name} closes after each backward pass, which this optimizer does "
+                "not see by itself: it needs retouch.wrap"
+            )
         opening = gate.choose(
             gates.Moment(
                 at.name, -grad if group["maximize"] else grad, state,
