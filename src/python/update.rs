@@ -5,11 +5,13 @@ use crate::error::{Error, Result};
 use crate::kernel::adamw::{self, AdamW, Clock, Closed};
 use crate::kernel::gather;
 use crate::kernel::lion::{self, Lion};
+use crate::kernel::lowbit::{self, Codes};
 use crate::kernel::reduce::{self, Map};
 use crate::kernel::sampled::{Product, selected_entries};
 use crate::kernel::sgd::{self, Sgd};
 use crate::view::{View, ViewMut};
 use crate::{with_elements, with_index};
+use numpy::PyArray1;
 use pyo3::prelude::*;
 
 pub(super) fn add(m: &Bound<'_, PyModule>) -> PyResult<()> {
@@ -20,6 +22,10 @@ pub(super) fn add(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(selected_, m)?)?;
     m.add_function(wrap_pyfunction!(accumulate_, m)?)?;
     m.add_function(wrap_pyfunction!(adamw_, m)?)?;
+    m.add_function(wrap_pyfunction!(adamw_coded_, m)?)?;
+    m.add_function(wrap_pyfunction!(code_levels, m)?)?;
+    m.add_function(wrap_pyfunction!(quantise_, m)?)?;
+    m.add_function(wrap_pyfunction!(dequantise_, m)?)?;
     m.add_function(wrap_pyfunction!(lion_, m)?)?;
     m.add_function(wrap_pyfunction!(sgd_, m)?)?;
     Ok(())
@@ -294,6 +300,108 @@ fn adamw_(
     with_target!(target, name.as_str(), t => {
         py.allow_threads(|| adamw::step(threads, &cfg, clock, gate, value, grad, m, v, t))
     })?;
+    Ok(())
+}
+
+/// One AdamW step of the compact values with moments of 8 bits: `codes` (uint8) and `scale` (float32, one
+/// for 256 coordinates) of the mean of gradients, then of that of squares.
+#[pyfunction]
+#[pyo3(signature = (value, grad, exp_avg_codes, exp_avg_scale, exp_avg_sq_codes, exp_avg_sq_scale, target, index, name, *, step, lr, beta1, beta2, eps, weight_decay, maximize=false))]
+#[allow(clippy::too_many_arguments)]
+fn adamw_coded_(
+    py: Python<'_>,
+    mut value: Tensor,
+    grad: Tensor,
+    mut exp_avg_codes: Tensor,
+    mut exp_avg_scale: Tensor,
+    mut exp_avg_sq_codes: Tensor,
+    mut exp_avg_sq_scale: Tensor,
+    target: Option<Tensor>,
+    index: Option<Tensor>,
+    name: String,
+    mut step: Steps,
+    lr: f64,
+    beta1: f64,
+    beta2: f64,
+    eps: f64,
+    weight_decay: f64,
+    maximize: bool,
+) -> PyResult<()> {
+    let mut target = Target::new(target, index)?;
+    let mut written = vec![
+        ("value", &value),
+        ("exp_avg codes", &exp_avg_codes),
+        ("exp_avg scale", &exp_avg_scale),
+        ("exp_avg_sq codes", &exp_avg_sq_codes),
+        ("exp_avg_sq scale", &exp_avg_sq_scale),
+    ];
+    let mut read = vec![("grad", &grad)];
+    if let Steps::Each(ages) = &step {
+        written.push(("step", ages));
+    }
+    if let Some(target) = &target {
+        written.push((&name, &target.weight));
+        read.push(("index", &target.index));
+    }
+    disjoint(&written, &read)?;
+    let threads = threads(py)?;
+    let cfg = AdamW { lr, beta1, beta2, eps, weight_decay, maximize, scale: 1.0 };
+    let (value, grad) = (value.f32_mut("value")?, grad.f32("grad")?);
+    let m = Codes {
+        codes: exp_avg_codes.bytes_mut("exp_avg codes")?,
+        scale: exp_avg_scale.f32_mut("exp_avg scale")?,
+    };
+    let v = Codes {
+        codes: exp_avg_sq_codes.bytes_mut("exp_avg_sq codes")?,
+        scale: exp_avg_sq_scale.f32_mut("exp_avg_sq scale")?,
+    };
+    let clock = match &mut step {
+        Steps::Shared(t) => Clock::Shared(*t),
+        Steps::Each(ages) => Clock::Each(ages.i32_mut("step")?),
+    };
+    with_target!(target, name.as_str(), t => {
+        py.allow_threads(|| adamw::step_coded(threads, &cfg, clock, None, value, grad, m, v, t))
+    })?;
+    Ok(())
+}
+
+/// The 256 numbers that the codes of 8-bit moments stand for, ascending, in float32.
+#[pyfunction]
+fn code_levels<'py>(py: Python<'py>, signed: bool) -> Bound<'py, PyArray1<f32>> {
+    PyArray1::from_slice(py, lowbit::levels(signed))
+}
+
+/// `codes` (uint8) and `scale` (float32, one for 256 numbers) of float32 numbers.
+#[pyfunction]
+fn quantise_(
+    py: Python<'_>,
+    mut codes: Tensor,
+    mut scale: Tensor,
+    x: Tensor,
+    signed: bool,
+) -> PyResult<()> {
+    disjoint(&[("codes", &codes), ("scale", &scale)], &[("x", &x)])?;
+    let threads = threads(py)?;
+    let x = x.f32("x")?;
+    let kept = Codes { codes: codes.bytes_mut("codes")?, scale: scale.f32_mut("scale")? };
+    py.allow_threads(|| lowbit::quantise(threads, x, signed, kept))?;
+    Ok(())
+}
+
+/// `out` (float32) = what codes and scales stand for.
+#[pyfunction]
+fn dequantise_(
+    py: Python<'_>,
+    mut out: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    signed: bool,
+) -> PyResult<()> {
+    disjoint(&[("out", &out)], &[("codes", &codes), ("scale", &scale)])?;
+    let threads = threads(py)?;
+    let (codes, scale) = (codes.bytes("codes")?, scale.f32("scale")?);
+    let out = out.f32_mut("out")?;
+    py.allow_threads(|| lowbit::dequantise(threads, codes, scale, signed, out))?;
     Ok(())
 }
 

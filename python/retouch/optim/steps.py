@@ -5,6 +5,7 @@ also write the rounded result into the weight; everything else runs the same ari
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from retouch import _core, ops
 from retouch.errors import HyperparameterError, LayoutError
 from retouch.ops import _native, _written
+from retouch.optim import lowbit
 
 
 def adamw_(
@@ -67,11 +69,7 @@ def adamw_(
         LayoutError: A clock or a gate that does not fit.
         HyperparameterError: A clock out of its range.
     """
-    if isinstance(step, Tensor) and (step.dtype != torch.int32 or step.shape != value.shape):
-        raise LayoutError(
-            f"the clock of {name} is {step.dtype} of shape {tuple(step.shape)}; wanted int32 of "
-            f"shape {tuple(value.shape)}, the steps of each coordinate"
-        )
+    _check_clock(step, value, name)
     if gate is not None and (gate.dtype != torch.bool or gate.shape != value.shape):
         raise LayoutError(
             f"the gate of {name} is {gate.dtype} of shape {tuple(gate.shape)}; wanted bool of "
@@ -121,6 +119,90 @@ def adamw_(
                 t[gate] = new
         if target is not None and index is not None:
             ops.scatter_(target, index, x, name)
+
+
+def adamw_coded_(
+    value: Tensor,
+    grad: Tensor,
+    state: dict[str, Any],
+    target: Tensor | None,
+    index: Tensor | None,
+    name: str,
+    *,
+    step: int | Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool = False,
+) -> None:
+    """`adamw_` with moments of 8 bits, which are widened, stepped and rounded once (`lowbit`).
+
+    Args:
+        value: As in `adamw_`, like all that is not named here.
+        grad: See `adamw_`.
+        state: With uint8 `exp_avg_codes` and `exp_avg_sq_codes` of `value`'s shape and float32
+            `exp_avg_scale` and `exp_avg_sq_scale`; updated in place.
+        target: See `adamw_`.
+        index: See `adamw_`.
+        name: See `adamw_`.
+        step: See `adamw_`.
+        lr: See `adamw_`.
+        beta1: See `adamw_`.
+        beta2: See `adamw_`.
+        eps: See `adamw_`.
+        weight_decay: See `adamw_`.
+        maximize: See `adamw_`.
+
+    Raises:
+        LayoutError: A clock that does not fit.
+        HyperparameterError: A clock out of its range.
+    """
+    _check_clock(step, value, name)
+    options: dict[str, Any] = {
+        "step": step, "lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps,
+        "weight_decay": weight_decay, "maximize": maximize,
+    }  # fmt: skip
+    kept = [
+        state[f"{key}_{part}"] for key in ("exp_avg", "exp_avg_sq") for part in ("codes", "scale")
+    ]
+    clock = step if isinstance(step, Tensor) else None
+    flat = (
+        t is None or (t.device.type == "cpu" and t.is_contiguous()) for t in (clock, *kept[::2])
+    )
+    wide = [value, grad, *kept[1::2]]
+    if (
+        all(t.dtype == torch.float32 for t in wide)
+        and all(flat)
+        and _native(*wide, *([] if target is None else [target]))
+    ):
+        _core.adamw_coded_(
+            value.detach(), grad.detach(), *kept, None if target is None else target.detach(),
+            None if index is None else index.cpu(), name, **options,
+        )  # fmt: skip
+        for written in (value, *kept, clock, target):
+            if written is not None:
+                _written(written)
+        return
+    moments = [
+        lowbit.dequantise(*kept[:2], signed=True).to(value.dtype),
+        lowbit.dequantise(*kept[2:], signed=False).to(value.dtype),
+    ]
+    adamw_(value, grad, *moments, target, index, name, **options)
+    for moment, codes, scale, signed in zip(
+        moments, kept[::2], kept[1::2], (True, False), strict=True
+    ):
+        for old, new in zip((codes, scale), lowbit.quantise(moment, signed), strict=True):
+            old.copy_(new)
+
+
+def _check_clock(step: int | Tensor, value: Tensor, name: str) -> None:
+    if isinstance(step, Tensor) and (step.dtype != torch.int32 or step.shape != value.shape):
+        raise LayoutError(
+            f"the clock of {name} is {step.dtype} of shape {tuple(step.shape)}; wanted int32 of "
+            f"shape {tuple(value.shape)}, the steps of each coordinate"
+        )
 
 
 def _adamw(
