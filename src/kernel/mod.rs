@@ -8,6 +8,7 @@ pub mod blend;
 pub mod change;
 pub mod chunk;
 pub mod gather;
+pub mod lines;
 pub mod lion;
 pub mod lowbit;
 mod marks;

@@ -5,6 +5,7 @@ mod bits;
 mod blending;
 mod files;
 mod hostile;
+mod lines;
 mod lowbit;
 mod moving;
 mod numbers;
