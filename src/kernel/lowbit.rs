@@ -18,7 +18,8 @@ const SHIFT: u32 = 16;
 /// The bits of 2^-23: no level but 0, and no bound, is as small.
 const LOW: u32 = 0x3400_0000;
 const ONE: u32 = 1.0f32.to_bits();
-const CELLS: usize = ((ONE - LOW) >> SHIFT) as usize + 1;
+const CELLS: usize = 1 << 12; // for each sign; a power of two, so that no place needs a check
+const _: () = assert!(((ONE - LOW) >> SHIFT) < CELLS as u32);
 
 /// What codes stand for, and how the nearest is found.
 ///
@@ -29,8 +30,8 @@ struct Table {
     levels: [f32; 256],
     /// what lies half-way to the next level
     bounds: [f32; 256],
-    /// the code of the lowest number in each cell, of positive and of negative numbers
-    first: [[u8; CELLS]; 2],
+    /// the code of the lowest number in each cell, of positive and then of negative numbers
+    first: [u8; 2 * CELLS],
 }
 
 static TABLES: LazyLock<[Table; 2]> = LazyLock::new(|| [Table::new(false), Table::new(true)]);
@@ -61,7 +62,7 @@ impl Table {
             signed,
             levels: [0.0; 256],
             bounds: [f32::INFINITY; 256],
-            first: [[0; CELLS]; 2],
+            first: [0; 2 * CELLS],
         };
         for (level, wide) in table.levels.iter_mut().zip(found) {
             *level = wide as f32;
@@ -69,25 +70,16 @@ impl Table {
         for (bound, pair) in table.bounds.iter_mut().zip(table.levels.windows(2)) {
             *bound = ((f64::from(pair[0]) + f64::from(pair[1])) / 2.0) as f32;
         }
-        for cell in 0..CELLS {
+        for cell in 0..=((ONE - LOW) >> SHIFT) as usize {
             let bits = LOW + ((cell as u32) << SHIFT);
             let least = if cell == 0 { 0.0 } else { f32::from_bits(bits) };
             let most = -f32::from_bits(bits | ((1 << SHIFT) - 1));
             for (side, lowest) in [least, most].into_iter().enumerate() {
                 let below = table.bounds.partition_point(|bound| *bound < lowest);
-                table.first[side][cell] = below as u8; // at most 255: the last bound is infinite
+                table.first[side * CELLS + cell] = below as u8; // at most 255: the last bound is infinite
             }
         }
         table
-    }
-
-    /// The code of the level nearest to a number in [-1, 1].
-    #[inline(always)]
-    fn nearest(&self, share: f32) -> u8 {
-        let bits = share.to_bits();
-        let cell = ((bits & 0x7fff_ffff).clamp(LOW, ONE) - LOW) >> SHIFT;
-        let code = self.first[(bits >> 31) as usize][cell as usize];
-        code + u8::from(share > self.bounds[usize::from(code)])
     }
 
     /// The numbers of one block.
@@ -105,9 +97,22 @@ impl Table {
         let top = x.iter().fold(0, |top, x| (x.to_bits() & 0x7fff_ffff).max(top));
         let scale = f32::from_bits(top);
         let by = if top == 0 { 1.0 } else { scale };
-        for (code, x) in codes.iter_mut().zip(x) {
-            let nearest = self.nearest(x / by);
-            *code = if self.signed { nearest } else { nearest.max(u8::from(*x > 0.0)) };
+        // Only the look-ups are not vector code: they have a loop of their own.
+        let (mut shares, mut cells) = ([0.0f32; BLOCK], [0u32; BLOCK]);
+        for ((share, cell), x) in shares.iter_mut().zip(&mut cells).zip(x) {
+            *share = x / by;
+            let bits = share.to_bits();
+            let place = ((bits & 0x7fff_ffff).clamp(LOW, ONE) - LOW) >> SHIFT;
+            *cell = place | (bits >> 31) * CELLS as u32;
+        }
+        for ((code, share), cell) in codes.iter_mut().zip(&shares).zip(&cells) {
+            let first = self.first[*cell as usize & (2 * CELLS - 1)];
+            *code = first + u8::from(*share > self.bounds[usize::from(first)]);
+        }
+        if !self.signed {
+            for (code, x) in codes.iter_mut().zip(x) {
+                *code = (*code).max(u8::from(*x > 0.0));
+            }
         }
         scale
     }
