@@ -7,6 +7,7 @@ use super::gather::{GRAIN, check};
 use super::wide::{Isa, Loop, wide};
 use crate::error::Result;
 use crate::num::Position;
+use std::ops::Range;
 
 /// The last two dimensions of a tensor. Those before them make a batch: each has rows and columns of its own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,19 +27,18 @@ impl Shape {
         Ok(numel)
     }
 
-    /// Calls `f` with the row and the column of each position.
+    /// Calls `f` for each row that has positions: with its number, their places in the index, and what is
+    /// to be taken from a position to have its column.
     #[inline(always)]
-    fn walk<P: Position>(self, index: &[P], mut f: impl FnMut(usize, usize, usize)) {
-        // Positions ascend: there is nothing to divide while the row stays.
-        let (mut row, mut start, mut end, mut columns) = (0, 0, 0, 0);
-        for (i, position) in index.iter().enumerate() {
-            let at = position.at();
-            if at >= end {
-                row = at / self.width;
-                (start, end) = (row * self.width, (row + 1) * self.width);
-                columns = row / self.height * self.width;
-            }
-            f(i, row, columns + at - start);
+    fn walk<P: Position>(self, index: &[P], mut f: impl FnMut(usize, Range<usize>, usize)) {
+        let mut from = 0;
+        while let Some(first) = index.get(from) {
+            let row = first.at() / self.width;
+            let end = (row + 1) * self.width;
+            let most = index.len().min(from + self.width);
+            let to = from + index[from..most].partition_point(|position| position.at() < end);
+            f(row, from..to, row * self.width - row / self.height * self.width);
+            from = to;
         }
     }
 }
@@ -60,11 +60,15 @@ pub fn means<P: Position>(
     check(threads, name, index, shape.check(rows.len(), columns.len())?)?;
     let mut down: Vec<Sum> = vec![(0.0, 0.0); rows.len()];
     let mut across: Vec<Sum> = vec![(0.0, 0.0); columns.len()];
-    shape.walk(index, |i, row, column| {
-        let square = f64::from(x[i]) * f64::from(x[i]);
-        for sum in [&mut down[row], &mut across[column]] {
-            *sum = (sum.0 + square, sum.1 + 1.0);
+    shape.walk(index, |row, here, start| {
+        let mut total = 0.0;
+        for (x, position) in x[here.clone()].iter().zip(&index[here.clone()]) {
+            let square = f64::from(*x) * f64::from(*x);
+            total += square;
+            let column = &mut across[position.at() - start];
+            *column = (column.0 + square, column.1 + 1.0);
         }
+        down[row] = (total, here.len() as f64);
     });
     for (out, sums) in [(rows, down), (columns, across)] {
         for (mean, (sum, count)) in out.iter_mut().zip(sums) {
@@ -108,16 +112,20 @@ pub fn estimate<P: Position>(
     let mut down: Vec<f64> = rows.iter().map(|x| f64::from(*x)).collect();
     let mut counts = vec![0.0; rows.len()];
     let mut across: Vec<Sum> = vec![(0.0, 0.0); columns.len()];
-    shape.walk(index, |_, row, column| {
-        counts[row] += 1.0;
-        let (sum, count) = across[column];
-        across[column] = (sum + down[row], count + 1.0);
+    shape.walk(index, |row, here, start| {
+        counts[row] = here.len() as f64;
+        for position in &index[here] {
+            let column = &mut across[position.at() - start];
+            *column = (column.0 + down[row], column.1 + 1.0);
+        }
     });
     let scaled = columns.iter().zip(across);
     let across: Vec<f64> =
         scaled.map(|(x, (sum, count))| f64::from(*x) * count / at_least!(sum, TINY)).collect();
     let mut other = vec![0.0; rows.len()];
-    shape.walk(index, |_, row, column| other[row] += across[column]);
+    shape.walk(index, |row, here, start| {
+        other[row] = index[here].iter().fold(0.0, |sum, p| sum + across[p.at() - start]);
+    });
     let tables = down.chunks_mut(shape.height.max(1));
     for (t, table) in tables.enumerate() {
         let first = t * shape.height;
@@ -172,7 +180,11 @@ impl<P: Position> Loop for Spread<'_, P> {
     fn run(self, _: impl Isa) {
         let (Lines { down, across, shape, floor }, piece) = (self.lines, self.piece);
         let out = piece.out;
-        shape.walk(piece.index, |i, row, column| out[i] = (down[row] * across[column]) as f32);
+        shape.walk(piece.index, |row, here, start| {
+            for (x, position) in out[here.clone()].iter_mut().zip(&piece.index[here]) {
+                *x = (down[row] * across[position.at() - start]) as f32;
+            }
+        });
         if let Some(grad) = piece.grad {
             for (x, g) in out.iter_mut().zip(grad) {
                 *x = 1.0 / at_least!(*x, floor).sqrt() * g;
