@@ -11,7 +11,7 @@ use std::sync::LazyLock;
 
 /// Numbers that share a scale. Pieces of work are cut between blocks.
 pub const BLOCK: usize = 256;
-const _: () = assert!(GRAIN % BLOCK == 0);
+const _: () = assert!(GRAIN.is_multiple_of(BLOCK));
 
 const DECADES: [f64; 7] = [1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6];
 const SHIFT: u32 = 16;
@@ -103,7 +103,7 @@ impl Table {
             *share = x / by;
             let bits = share.to_bits();
             let place = ((bits & 0x7fff_ffff).clamp(LOW, ONE) - LOW) >> SHIFT;
-            *cell = place | (bits >> 31) * CELLS as u32;
+            *cell = place + (bits >> 31) * CELLS as u32;
         }
         for ((code, share), cell) in codes.iter_mut().zip(&shares).zip(&cells) {
             let first = self.first[*cell as usize & (2 * CELLS - 1)];
@@ -172,7 +172,7 @@ impl Both<'_> {
 pub fn quantise(threads: usize, x: &[f32], signed: bool, kept: Codes<'_>) -> Result<()> {
     kept.check("the", x.len())?;
     let table = &TABLES[usize::from(signed)];
-    each(threads, GRAIN, Narrow { x, kept, table }, |work| wide(work));
+    each(threads, GRAIN, Narrow { x, kept, table }, wide);
     Ok(())
 }
 
@@ -216,7 +216,7 @@ pub fn dequantise(
     check_len("codes", codes.len(), out.len())?;
     check_len("scale", scale.len(), out.len().div_ceil(BLOCK))?;
     let table = &TABLES[usize::from(signed)];
-    each(threads, GRAIN, Widen { codes, scale, out, table }, |work| wide(work));
+    each(threads, GRAIN, Widen { codes, scale, out, table }, wide);
     Ok(())
 }
 

@@ -312,8 +312,10 @@ class _Scattered(_Factors):
     def take_in(self, grad: Tensor, state: State, decay: float) -> None:
         """Moves the factors towards the means of squares of a gradient."""
         if grad.dtype == torch.float32 and _native(grad):
-            means = [grad.new_empty(self._shape(key)) for key in ("row", "col")]
-            _core.line_means_(*means, grad.detach(), *self._where(), "the gradient")
+            down, across = (grad.new_empty(self._shape(key)) for key in ("row", "col"))
+            index, m, n = self._where()
+            _core.line_means_(down, across, grad.detach(), index, m, n, "the gradient")
+            means = [down, across]
         else:
             squares = grad.double().square()
             means = [_mean(squares, *line).to(grad.dtype) for _, *line in self._lines()]
@@ -356,8 +358,9 @@ class _Scattered(_Factors):
 
     def _estimated(self, grad: Tensor | None, state: State, eps: float) -> Tensor:
         rows, columns = state["row_var"], state["col_var"]
-        out = rows.new_empty(self._selection.count)
-        _core.line_estimate_(out, rows, columns, grad, *self._where(), eps, "the factors")
+        out: Tensor = rows.new_empty(self._selection.count)
+        index, m, n = self._where()
+        _core.line_estimate_(out, rows, columns, grad, index, m, n, eps, "the factors")
         return out
 
     def each(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:

@@ -164,37 +164,35 @@ def adamw_coded_(
         "step": step, "lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps,
         "weight_decay": weight_decay, "maximize": maximize,
     }  # fmt: skip
-    kept = [
-        state[f"{key}_{part}"] for key in ("exp_avg", "exp_avg_sq") for part in ("codes", "scale")
-    ]
+    codes, scale = state["exp_avg_codes"], state["exp_avg_scale"]
+    codes_sq, scale_sq = state["exp_avg_sq_codes"], state["exp_avg_sq_scale"]
+    kept = (codes, scale, codes_sq, scale_sq)
     clock = step if isinstance(step, Tensor) else None
     flat = (
-        t is None or (t.device.type == "cpu" and t.is_contiguous()) for t in (clock, *kept[::2])
+        t is None or (t.device.type == "cpu" and t.is_contiguous())
+        for t in (clock, codes, codes_sq)
     )
-    wide = [value, grad, *kept[1::2]]
+    wide = [value, grad, scale, scale_sq]
     if (
         all(t.dtype == torch.float32 for t in wide)
         and all(flat)
         and _native(*wide, *([] if target is None else [target]))
     ):
         _core.adamw_coded_(
-            value.detach(), grad.detach(), *kept, None if target is None else target.detach(),
+            value.detach(), grad.detach(), codes, scale, codes_sq, scale_sq,
+            None if target is None else target.detach(),
             None if index is None else index.cpu(), name, **options,
         )  # fmt: skip
         for written in (value, *kept, clock, target):
             if written is not None:
                 _written(written)
         return
-    moments = [
-        lowbit.dequantise(*kept[:2], signed=True).to(value.dtype),
-        lowbit.dequantise(*kept[2:], signed=False).to(value.dtype),
-    ]
-    adamw_(value, grad, *moments, target, index, name, **options)
-    for moment, codes, scale, signed in zip(
-        moments, kept[::2], kept[1::2], (True, False), strict=True
-    ):
-        for old, new in zip((codes, scale), lowbit.quantise(moment, signed), strict=True):
-            old.copy_(new)
+    exp_avg = lowbit.dequantise(codes, scale, signed=True).to(value.dtype)
+    exp_avg_sq = lowbit.dequantise(codes_sq, scale_sq, signed=False).to(value.dtype)
+    adamw_(value, grad, exp_avg, exp_avg_sq, target, index, name, **options)
+    new = (*lowbit.quantise(exp_avg, signed=True), *lowbit.quantise(exp_avg_sq, signed=False))
+    for old, rounded in zip(kept, new, strict=True):
+        old.copy_(rounded)
 
 
 def _check_clock(step: int | Tensor, value: Tensor, name: str) -> None:
