@@ -35,8 +35,13 @@ impl Shape {
         while let Some(first) = index.get(from) {
             let row = first.at() / self.width;
             let end = (row + 1) * self.width;
-            let most = index.len().min(from + self.width);
-            let to = from + index[from..most].partition_point(|position| position.at() < end);
+            // Most rows are short: the search is among the next few first.
+            let (rest, mut few) = (&index[from..], 16);
+            while rest.get(few - 1).is_some_and(|position| position.at() < end) {
+                few *= 2;
+            }
+            let near = &rest[..few.min(rest.len())];
+            let to = from + near.partition_point(|position| position.at() < end);
             f(row, from..to, row * self.width - row / self.height * self.width);
             from = to;
         }
