@@ -15,7 +15,7 @@ from retouch._core import __version__
 from retouch.errors import HyperparameterError
 from retouch.merge.adapterfolder import merge_adapters
 from retouch.merge.base import method_named
-from retouch.merge.card import card
+from retouch.merge.card import InputHashes, card
 from retouch.merge.document import MergeConfig, ModelRef
 from retouch.merge.engine import Progress, Result, run
 from retouch.merge.factormethods import FactorMethod
@@ -139,31 +139,26 @@ def merge(
             "method, base, parameters, shared, dtype and out_dtype go with a list of models; "
             "a configuration has its own"
         )
-    factors = method_named(document.method)
-    if isinstance(factors, FactorMethod) and document.base_model is None:
-        made = merge_adapters(document, factors, Path(out), overwrite=overwrite, max_ram=max_ram)
+    merging = method_named(document.method)
+    if isinstance(merging, FactorMethod) and document.base_model is None:
+        made = merge_adapters(document, merging, Path(out), overwrite=overwrite, max_ram=max_ram)
         return Merged(Path(out), made, None)
     ready = prepare(
         document, dialect=chosen, seed=seed, missing=missing, max_shard_size=max_shard_size
     )
     target = Path(out)
 
-    def files(_: Result) -> dict[str, bytes | str | None]:
-        text = card(
-            document,
-            method_named(document.method),
-            ready.plan,
-            ready.folders,
-            _versions(),
-            target.name,
-        )
-        own = {"README.md": text, "mergekit_config.yml": document.text}
-        return dict(ready.files) | own | {"merge_plan.json": ready.plan.to_json() + "\n"}
+    with InputHashes({s.id: ready.folders[s.id] for s in ready.plan.sources}) as hashes:
 
-    result = run(
-        ready.plan, target, overwrite=overwrite, max_ram=max_ram, progress=progress,
-        readers=ready.readers, extra_files=files,
-    )  # fmt: skip
+        def files(_: Result) -> dict[str, bytes | str | None]:
+            text = card(document, merging, ready.plan, hashes, _versions(), target.name)
+            own = {"README.md": text, "mergekit_config.yml": document.text}
+            return dict(ready.files) | own | {"merge_plan.json": ready.plan.to_json() + "\n"}
+
+        result = run(
+            ready.plan, target, overwrite=overwrite, max_ram=max_ram, progress=progress,
+            readers=ready.readers, extra_files=files,
+        )  # fmt: skip
     if not report:
         return Merged(target, result, None)
     written = Checkpoint(target)
