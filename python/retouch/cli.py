@@ -272,6 +272,8 @@ def merge(
             _table(*mergeview.parameters(ready))
             print("\n".join(f"note: {note}" for note in ready.plan.notes))
         return
+    if max_ram is not None:
+        mergeview.return_memory()
     with mergeview.bar() as progress:
         made = api.merge(
             config, out, dialect=dialect, seed=seed, max_ram=mergeview.size(max_ram), missing=missing,

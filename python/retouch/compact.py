@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 from retouch import ops
 from retouch.binding import Binding, innermost
 from retouch.distributed import Reducer, processes
-from retouch.eligible import own_parameters
+from retouch.eligible import PLACE, own_parameters
 from retouch.errors import BudgetError, EngineError, MaskError
 from retouch.figures import figures
 from retouch.masks import Mask, Selection
@@ -37,7 +37,6 @@ from retouch.routes import Path, check_gradient, plan
 from retouch.schedules import Clock, StatePolicy
 from retouch.slots import (
     AGAIN,
-    PLACE,
     Container,
     Copy,
     Slot,

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from retouch import ops
 from retouch.deltaentry import Entry
 from retouch.deltasource import Key, memory, named
+from retouch.eligible import PLACE
 from retouch.errors import BaseMismatchError, EngineError, FormatError, ShapeError
-from retouch.slots import PLACE, same_bits
+from retouch.slots import same_bits
 
 if TYPE_CHECKING:
     from retouch.delta import Delta

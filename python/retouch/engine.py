@@ -16,13 +16,13 @@ from retouch import ops
 from retouch.binding import innermost, packed, unpacked
 from retouch.compact import Engine
 from retouch.config import SelectConfig, resolve
-from retouch.eligible import own_parameters
+from retouch.eligible import PLACE, own_parameters
 from retouch.errors import EngineError, FrozenError, HyperparameterError
 from retouch.masks import Mask, Selection
 from retouch.optim.configured import configure
 from retouch.passes import LossFn
 from retouch.routes import Gradient
-from retouch.slots import PLACE, Copy, Slot, buffers, same_bits, some
+from retouch.slots import Copy, Slot, buffers, same_bits, some
 
 __all__ = [
     "Engine",

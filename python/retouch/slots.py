@@ -14,7 +14,6 @@ from retouch.errors import EngineError, LayoutError
 from retouch.masks import Selection
 from retouch.routes import Path, Route, route
 
-PLACE = "_retouch"
 AGAIN = "call retouch.unwrap(model), then select and wrap again"
 
 

@@ -32,11 +32,12 @@ pub struct Tensor<'a> {
 impl Shard {
     /// Maps a file and checks its header.
     pub fn open(path: &Path) -> Result<Shard> {
-        let file = File::open(path).map_err(os(path))?;
-        let meta = file.metadata().map_err(os(path))?;
-        if !meta.is_file() {
+        // asked before it is opened: opening a pipe waits for whoever writes to it
+        if !fs::metadata(path).map_err(os(path))?.is_file() {
             return Err(format(path, "not a regular file"));
         }
+        let file = File::open(path).map_err(os(path))?;
+        let meta = file.metadata().map_err(os(path))?;
         if meta.len() < 8 {
             return Err(format(path, "not a valid safetensors file: shorter than its header"));
         }

@@ -134,8 +134,9 @@ impl Output {
         if let Some(dir) = to.parent() {
             fs::create_dir_all(dir).map_err(os(dir))?;
         }
-        fs::copy(&from, &to).map_err(os(&from))?;
-        Ok(())
+        let mut source = File::open(&from).map_err(os(&from))?;
+        let mut made = File::create_new(&to).map_err(os(&to))?;
+        std::io::copy(&mut source, &mut made).and_then(|_| made.sync_all()).map_err(os(&to))
     }
 
     /// Gives the output its name.

@@ -74,6 +74,13 @@ impl Writer {
         Ok(())
     }
 
+    /// What waits until the disk has all that was written so far, while more is written.
+    pub fn flush(&self) -> Result<impl FnOnce() -> Result<()> + use<>> {
+        let file = self.file.try_clone().map_err(os(&self.path))?;
+        let path = self.path.clone();
+        Ok(move || file.sync_data().map_err(os(&path)))
+    }
+
     /// Checks that all bytes came, and waits until they are on the disk.
     pub fn finish(self) -> Result<()> {
         if self.written != self.total {

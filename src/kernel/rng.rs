@@ -59,18 +59,36 @@ fn unit(word: u32) -> f32 {
 /// Numbers from position `first` on, a multiple of four.
 #[inline(always)]
 fn groups(seed: u64, stream: u64, first: usize, out: &mut [f32]) {
-    let key = [seed as u32, (seed >> 32) as u32];
-    let [low, high] = [stream as u32, (stream >> 32) as u32];
-    // Many blocks side by side: each step of the rounds becomes a vector operation.
+    let mut words = [[0; 4]; LANES];
     for (g, group) in out.chunks_mut(4 * LANES).enumerate() {
-        let first = (first / 4 + g * LANES) as u64;
-        let words: [[u32; 4]; LANES] = std::array::from_fn(|i| {
-            let block = first + i as u64;
-            philox([block as u32, (block >> 32) as u32, low, high], key)
-        });
-        for (out, word) in group.iter_mut().zip(words.as_flattened()) {
-            *out = unit(*word);
+        side_by_side(seed, stream, (first / 4 + g * LANES) as u64, &mut words);
+        group.iter_mut().zip(words.as_flattened()).for_each(|(out, word)| *out = unit(*word));
+    }
+}
+
+/// The words of `LANES` blocks from `block` on: each step of the rounds is a vector operation. A word lies
+/// in the low half of a lane of 64 bits, where a product has room; what is above it is not looked at.
+#[inline(always)]
+fn side_by_side(seed: u64, stream: u64, block: u64, words: &mut [[u32; 4]; LANES]) {
+    let low = |x: u64| x & u64::from(u32::MAX);
+    let [mut k, mut l] = [seed as u32, (seed >> 32) as u32];
+    let (mut a, mut b) = ([0_u64; LANES], [0_u64; LANES]);
+    let (mut c, mut d) = ([low(stream); LANES], [stream >> 32; LANES]);
+    for i in 0..LANES {
+        a[i] = block + i as u64;
+        b[i] = (block + i as u64) >> 32;
+    }
+    for _ in 0..10 {
+        for i in 0..LANES {
+            let x = u64::from(MULTIPLY[0]) * low(a[i]);
+            let y = u64::from(MULTIPLY[1]) * low(c[i]);
+            (a[i], b[i]) = (y >> 32 ^ b[i] ^ u64::from(k), y);
+            (c[i], d[i]) = (x >> 32 ^ d[i] ^ u64::from(l), x);
         }
+        (k, l) = (k.wrapping_add(WEYL[0]), l.wrapping_add(WEYL[1]));
+    }
+    for (i, words) in words.iter_mut().enumerate() {
+        *words = [a[i] as u32, b[i] as u32, c[i] as u32, d[i] as u32];
     }
 }
 

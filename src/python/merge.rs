@@ -166,12 +166,14 @@ fn blend_(
 }
 
 /// For each (tensor, k, from_end) bound and last position of the k largest magnitudes, and how many exceed
-/// the bound.
+/// the bound. About `room` bytes are used beside the streams, a few where that is less than it can do with.
 #[pyfunction]
+#[pyo3(signature = (given, requests, *, room=None))]
 fn cuts(
     py: Python<'_>,
     given: Given,
     requests: Vec<(usize, usize, bool)>,
+    room: Option<usize>,
 ) -> PyResult<Vec<(f32, i64, usize)>> {
     let threads = threads(py)?;
     let streams = given.streams()?;
@@ -179,7 +181,10 @@ fn cuts(
     let name = given.name.as_str();
     let request = |(stream, k, from_end): (usize, usize, bool)| Request { stream, k, from_end };
     let requests: Vec<Request> = requests.into_iter().map(request).collect();
-    let all = py.allow_threads(|| blend::cuts(threads, (name, &models), &streams, &requests))?;
+    // a collected magnitude is 4 bytes, twice while its list grows, and once more in the list of all
+    let room = room.map(|bytes| bytes / 12);
+    let all =
+        py.allow_threads(|| blend::cuts(threads, (name, &models), &streams, &requests, room))?;
     Ok(all.into_iter().map(|(c, above)| (c.bound, c.last, above)).collect())
 }
 
@@ -335,6 +340,14 @@ impl Sink {
         Ok(py.allow_threads(|| match self.files().get_mut(file) {
             Some(writer) => writer.put(name, offset, bytes),
             None => Err(gone()),
+        })?)
+    }
+
+    /// Waits until the disk has what was written of a file so far; others may write meanwhile.
+    fn flush(&self, py: Python<'_>, file: &str) -> PyResult<()> {
+        Ok(py.allow_threads(|| {
+            let wait = self.files().get(file).ok_or_else(gone)?.flush()?;
+            wait()
         })?)
     }
 

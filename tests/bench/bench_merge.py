@@ -1,11 +1,14 @@
 """Merging a base and three fine-tunes of 495 M bf16 parameters, beside mergekit where it is installed.
 
     python tests/bench/bench_merge.py [--quick] [--methods ties,linear] [--mergekit] [--max-ram 256MB]
+                                      [--out /dev/shm]
 
 Both programs get the same file of YAML and run as their users run them, each merge in a process of its own
 with a warm page cache, one after the other in every round. Wall and CPU time are those of the whole
-process, imports and the flush to disk included; "anonymous" is the most memory beside maps of files that
-was seen (every 10 ms), less what the program holds when it has only read the configuration. Checkpoints are
+process, imports and the flush to disk included (mergekit does not flush); "beyond start-up" is the wall
+time less that of a process that only reads the configuration and plans (ours) or only imports (mergekit).
+"anonymous" is the most memory beside maps of files that was seen (every 10 ms); ours is given less what
+the program holds when it has only read the configuration. Checkpoints are
 made once in a folder (--folder, default: a temporary one). mergekit runs in the first round only, since
 most of its merges take minutes (--mergekit-rounds for more).
 """
@@ -148,15 +151,22 @@ def watched(line: list[str]) -> tuple[float, float, float]:
     return seconds, usage.ru_utime + usage.ru_stime, peak * 1024 / 1e6
 
 
-def measure(folder: Path, method: str, way: str, max_ram: str | None) -> list[float]:
-    """One merge."""
-    out = folder / f"out-{way}-{method}"
+def start_up(way: str, config: Path) -> list[float]:
+    """What a program takes before it merges: ours reads the configuration and plans, mergekit imports."""
+    if way == "retouch":
+        return list(watched(command(way, config, None, None)))
+    return list(watched([sys.executable, "-m", "mergekit.scripts.run_yaml", "--help"]))
+
+
+def measure(folder: Path, out: Path, method: str, way: str, max_ram: str | None) -> list[float]:
+    """One merge: seconds, those beyond start-up, CPU seconds, anonymous MB (ours: beyond start-up)."""
+    out = out / f"out-{way}-{method}"
     shutil.rmtree(out, ignore_errors=True)
     config = write_config(folder, method)
-    rest = watched(command(way, config, None, None))[2] if way == "retouch" else 0.0
+    before, _, rest = start_up(way, config)
     seconds, cpu, peak = watched(command(way, config, out, max_ram))
     shutil.rmtree(out)
-    return [seconds, cpu, peak - rest]
+    return [seconds, seconds - before, cpu, peak - (rest if way == "retouch" else 0)]
 
 
 def main() -> None:
@@ -170,7 +180,8 @@ def main() -> None:
     )
     parser.add_argument("--mergekit-rounds", type=int, default=1)
     parser.add_argument("--max-ram", help="the budget that ours is given")
-    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--folder", type=Path, help="of the checkpoints, kept; made if missing")
+    parser.add_argument("--out", type=Path, help="where results go; /dev/shm: no disk has a part")
     args = parser.parse_args()
     rounds = 1 if args.quick else args.rounds
     with tempfile.TemporaryDirectory() as temporary:
@@ -179,28 +190,33 @@ def main() -> None:
             make(folder, args.quick)
         total = sum(torch.Size(s).numel() for s in shapes(args.quick).values())
         print(f"base and three models of {total / 1e6:.0f} M bf16 parameters; {machine()}")
-        print(f"max_ram: {args.max_ram or 'no limit'}\n")
+        print(
+            f"max_ram: {args.max_ram or 'no limit'}; results in {args.out or 'the same folder'}\n"
+        )
         rows = []
         for method in args.methods.split(","):
             mine, theirs = [], []
             for i in range(rounds):
-                mine.append(measure(folder, method, "retouch", args.max_ram))
+                mine.append(measure(folder, args.out or folder, method, "retouch", args.max_ram))
                 if args.mergekit and i < args.mergekit_rounds:
-                    theirs.append(measure(folder, method, "mergekit", None))
+                    theirs.append(measure(folder, args.out or folder, method, "mergekit", None))
             columns = list(zip(*mine, strict=True))
-            wall, cpu, peak = map(statistics.median, columns)
+            wall, merging, cpu, peak = map(statistics.median, columns)
             moved = 2 * total * (4 if method == "linear" else 5)
             row = [
-                method, spread(list(columns[0])), f"{cpu:.1f}", f"{moved / wall / 1e9:.2f}", f"{peak:.0f}",
+                method, spread(list(columns[0])), f"{merging:.1f}", f"{moved / merging / 1e9:.2f}",
+                f"{cpu:.1f}", f"{peak:.0f}",
             ]  # fmt: skip
             if theirs:
                 other = [statistics.median(c) for c in zip(*theirs, strict=True)]
-                row += [f"{other[0]:.1f}", f"{other[1]:.1f}", f"{other[2]:.0f}"]
-                row += [f"{other[0] / wall:.1f}x", f"{other[1] / cpu:.1f}x"]
+                row += [f"{other[0]:.1f}", f"{other[1]:.1f}", f"{other[2]:.1f}", f"{other[3]:.0f}"]
+                ratios = zip(other[:3], (wall, merging, cpu), strict=True)
+                row += [f"{a / b:.1f}x" for a, b in ratios]
             rows.append(row)
-        names = ["method", "wall s", "CPU s", "GB/s", "anonymous MB"]
+        names = ["method", "wall s", "beyond start-up s", "GB/s of it", "CPU s", "anonymous MB"]
         if args.mergekit:
-            names += ["mergekit s", "CPU s", "anonymous MB", "wall", "CPU"]
+            names += ["mergekit s", "beyond start-up s", "CPU s", "anonymous MB"]
+            names += ["wall", "beyond start-up", "CPU"]
         table(names, rows)
 
 

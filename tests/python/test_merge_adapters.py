@@ -14,6 +14,7 @@ import retouch
 from retouch.cli import app
 from retouch.errors import FormatError, HyperparameterError
 from retouch.merge import adapters
+from retouch.merge.sources import Adapter
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of PEFT
@@ -70,7 +71,7 @@ def test_peft_loads_the_merged_adapter_and_it_is_the_merged_model(folders, tmp_p
     base, loras = folders
     shared, expected = CASES[method]
     made = retouch.merge(loras, tmp_path / "lora", method=method, shared=shared)
-    assert made.report is None and {FILE, "adapter_config.json"} <= set(made.result.files)
+    assert {FILE, "adapter_config.json", "merge_report.json"} <= set(made.result.files)
     assert len(made.result.tensors) == 8
     for (key, a, b), *rest in zip(factors(tmp_path / "lora"), *map(factors, loras), strict=True):
         assert all(key == other for other, *_ in rest)
@@ -102,6 +103,40 @@ def test_other_scales_are_brought_to_the_first(folders, tmp_path):
         retouch.merge(pair, tmp_path / name, method="robust_merge")
     x, y = (load_file(tmp_path / name / FILE) for name in "xy")
     assert all(torch.equal(x[key], y[key]) for key in x)
+
+
+def test_the_report_compares_what_adapters_add(folders, tmp_path):
+    _, loras = folders
+    made = retouch.merge(loras[:2], tmp_path / "out", method="robust_merge")
+    found = json.loads((tmp_path / "out" / "merge_report.json").read_text())
+    assert found == json.loads(json.dumps(made.report.to_dict()))
+    (warning,) = made.report.warnings  # its scales for weak ranks
+    assert "moved farther than any model did" in warning and "normalize" not in warning
+    opened = [Adapter(folder) for folder in [tmp_path / "out", *loras[:2]]]
+    assert len(made.report.tensors) == len(opened[0].keys)
+    for row in made.report.tensors:
+        norms = []
+        for one in opened:
+            f = one.factors(row.name)
+            norms.append(float((f.scale * f.b.double() @ f.a.double()).norm()))
+        assert [row.change, *row.changes] == pytest.approx(norms, rel=1e-6)
+        assert row.bad == 0 and row.ratio == pytest.approx(norms[0] / max(norms[1:]), rel=1e-6)
+    retouch.merge(loras[:2], tmp_path / "quiet", method="robust_merge", report=False)
+    assert not (tmp_path / "quiet" / "merge_report.json").exists()
+
+    loud = tmp_path / "loud"
+    loud.mkdir()
+    (loud / "adapter_config.json").write_text((loras[0] / "adapter_config.json").read_text())
+    save_file({k: t * 1e6 for k, t in load_file(loras[0] / FILE).items()}, loud / FILE)
+    command = ["merge", str(tmp_path / "c.yml"), "-o", str(tmp_path / "half")]
+    (tmp_path / "c.yml").write_text(
+        "merge_method: robust_merge\nout_dtype: float16\n"
+        f"models: [{{model: {loud}}}, {{model: {loras[1]}}}]\n"
+    )
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 1 and "values are NaN or infinite" in done.output, done.output
+    plan = CliRunner().invoke(app, command[:2])
+    assert plan.exit_code == 2 and "no plan to show" in plan.output, plan.output
 
 
 def test_a_configuration_on_the_command_line(folders, tmp_path):

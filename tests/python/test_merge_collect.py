@@ -3,11 +3,12 @@
 import pytest
 import torch
 from deltas import llama
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import retouch
-from retouch.errors import HyperparameterError, ScoreError
+from retouch.errors import FormatError, HyperparameterError, ScoreError
 from retouch.merge import collect_fisher, collect_gram, statistics
 from retouch.scores import Fisher, Gradient, TrueFisher
 
@@ -150,6 +151,57 @@ def test_files_measured_anew_are_read_anew(models, tmp_path):
         )  # fmt: skip
         merged.append(load_file(made.out / "model.safetensors"))
     assert any(not torch.equal(merged[0][n], merged[1][n]) for n in merged[0])
+
+
+def test_gram_of_weights_stored_the_other_way(tmp_path):
+    """GPT-2's Conv1D: the merge of a model whose matrices lie as [in, out], square ones too."""
+    models, files = [], []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        model = GPT2LMHeadModel(
+            GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=97, n_positions=16)
+        ).eval()
+        model.save_pretrained(tmp_path / f"g{seed}")
+        models.append(model)
+        files.append(str(collect_gram(model, data(seed), tmp_path / f"{seed}.safetensors")))
+    inputs = [{}, {}]
+    for model, seen, seed in zip(models, inputs, (1, 2), strict=True):
+        for name, module in model.named_modules():
+            if type(module).__name__ == "Conv1D":
+                rows = seen.setdefault(f"{name}.weight", [])
+                module.register_forward_hook(
+                    lambda _, args, __, rows=rows: rows.append(args[0].flatten(0, 1))
+                )
+        with torch.no_grad():
+            for batch in data(seed):
+                model(**batch)
+    made = retouch.merge(
+        [tmp_path / "g1", tmp_path / "g2"], tmp_path / "out", method="regmean",
+        parameters=[{"gram": file} for file in files], shared={"shrink": 1.0},
+    )  # fmt: skip
+    merged = load_file(made.out / "model.safetensors")
+    states = [model.state_dict() for model in models]
+    assert len(inputs[0]) == 4
+    for name in inputs[0]:
+        x = [torch.cat(seen[name]).double() for seen in inputs]
+        grams = [a.T @ a / len(a) for a in x]
+        moments = [g @ s[name].double() for g, s in zip(grams, states, strict=True)]
+        # the inputs of so few tokens do not span the space: compared where they do
+        want = torch.linalg.pinv(sum(grams), rcond=1e-7) @ sum(moments)
+        for a in x:
+            got = a @ merged[f"{name}"].double()
+            torch.testing.assert_close(got, a @ want, rtol=2e-3, atol=2e-3)
+            assert not torch.allclose(
+                got, a @ (states[0][name] + states[1][name]).double() / 2, atol=2e-3
+            )
+    with pytest.raises(FormatError, match="for some of the Gram files"):
+        other = load_file(files[1])
+        save_file({n.removesuffix(":in_out"): t for n, t in other.items()}, files[1])
+        retouch.merge(
+            [tmp_path / "g1", tmp_path / "g2"], tmp_path / "x", method="regmean",
+            parameters=[{"gram": file} for file in files],
+        )  # fmt: skip
+    assert not (tmp_path / "x").exists()
 
 
 def test_other_scores_ties_and_buffers(models, tmp_path):

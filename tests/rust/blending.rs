@@ -27,13 +27,16 @@ fn streams<'a>(base: &'a [bf16], models: &'a [Vec<bf16>]) -> Streams<'a> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
     #[test]
-    fn a_cut_parts_exactly_k(n in 1usize..150_000, share in 0.0..=1.0f64, step in 1u32..40, seed in 0u64..9) {
+    fn a_cut_parts_exactly_k(
+        n in 1usize..150_000, share in 0.0..=1.0f64, step in 1u32..40, seed in 0u64..9,
+        room in proptest::option::of(0usize..20_000),
+    ) {
         // few distinct magnitudes: most of them tie
         let x: Vec<f32> =
             numbers(n, seed).iter().map(|x| (x * step as f32).round() / step as f32).collect();
         let k = (n as f64 * share) as usize;
         let field = Streams { base: None, streams: vec![Stream::new(View::F32(&x))], start: 0 };
-        let ask = |from_end| cuts(2, NAMES, &field, &[Request { stream: 0, k, from_end }]).unwrap()[0];
+        let ask = |from_end| cuts(2, NAMES, &field, &[Request { stream: 0, k, from_end }], room).unwrap()[0];
         let (cut, above) = ask(false);
         let kept: Vec<usize> = (0..n)
             .filter(|&i| x[i].abs() > cut.bound || (x[i].abs() == cut.bound && i as i64 <= cut.last))
@@ -117,7 +120,7 @@ fn what_is_wrong_is_refused() {
     let mut out = vec![0.0; 8];
     assert!(blend(1, NAMES, &field, &Rule::Sum, &own, ViewMut::F32(&mut out)).is_err());
     let many = [Request { stream: 0, k: 9, from_end: false }];
-    assert!(matches!(cuts(1, NAMES, &field, &many), Err(Error::Budget { .. })));
+    assert!(matches!(cuts(1, NAMES, &field, &many, None), Err(Error::Budget { .. })));
     assert!(band(1, NAMES, &field, 3, Band { top: 0, keep: 1 }, &mut out).is_err());
     let nan = [1.0, f32::NAN];
     let field = Streams { base: None, streams: vec![Stream::new(View::F32(&nan))], start: 5 };

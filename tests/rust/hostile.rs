@@ -268,3 +268,13 @@ proptest! {
         }
     }
 }
+
+#[cfg(unix)]
+#[test]
+fn a_pipe_is_refused_and_not_waited_for() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("model.safetensors");
+    assert!(std::process::Command::new("mkfifo").arg(&path).status().unwrap().success());
+    let error = Checkpoint::open(&path).unwrap_err().to_string();
+    assert!(error.contains("not a regular file"), "{error}");
+}

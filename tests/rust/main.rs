@@ -3,6 +3,7 @@ mod algebra;
 mod architecture;
 mod bits;
 mod blending;
+mod changing;
 mod files;
 mod hostile;
 mod lines;

@@ -14,10 +14,10 @@ from retouch._core import __version__
 from retouch.config import FILE as CONFIG
 from retouch.config import SelectConfig
 from retouch.delta import Delta
+from retouch.eligible import PLACE
 from retouch.engine import Engine, get_engine
 from retouch.maskfile import FILE as MASK_FILE
 from retouch.masks import Mask
-from retouch.slots import PLACE
 
 MASK, DELTA = MASK_FILE, "delta_config.json"
 

@@ -20,6 +20,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from retouch.binding import innermost
 from retouch.config import SelectConfig
+from retouch.eligible import PLACE
 from retouch.engine import Engine, follow, get_engine, wrap
 from retouch.errors import EngineError, MaskError
 from retouch.integrations import _checkpoint
@@ -28,7 +29,6 @@ from retouch.masks import Mask
 from retouch.optim.configured import configure
 from retouch.routes import Gradient
 from retouch.select import select
-from retouch.slots import PLACE
 
 Checkpoint = Literal["full", "delta"]
 MIB = 2**20

@@ -18,10 +18,12 @@ from retouch.merge.base import Job, Method, Param, method_named, method_names, r
 from retouch.merge.build import build
 from retouch.merge.collect import collect_fisher, collect_gram
 from retouch.merge.engine import Result, TensorResult, run
+from retouch.merge.fitting import FittedWeights, entropy, fit_weights
 from retouch.merge.plan import Input, Plan, Source, TensorPlan
 from retouch.merge.sources import Reader, open_sources
 
 __all__ = [
+    "FittedWeights",
     "Input",
     "Job",
     "Method",
@@ -35,6 +37,8 @@ __all__ = [
     "build",
     "collect_fisher",
     "collect_gram",
+    "entropy",
+    "fit_weights",
     "method_named",
     "method_names",
     "open_sources",

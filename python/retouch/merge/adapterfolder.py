@@ -1,6 +1,7 @@
 """A merge of LoRA adapters without their base: the result is an adapter, too."""
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from retouch.merge.document import MergeConfig, OutputSlice
 from retouch.merge.factormethods import FactorMethod, matched
 from retouch.merge.output import Result, TensorResult, Writer
 from retouch.merge.plan import Input, kind_of, natural
+from retouch.merge.report import REPORT, Report, TensorReport, warnings
 from retouch.merge.settings import check_names, lookup
-from retouch.merge.sources import NAMES, Adapter
+from retouch.merge.sources import NAMES, Adapter, Factors
 
 __all__ = ["merge_adapters"]
 
@@ -22,8 +24,14 @@ FILE = "adapter_model.safetensors"
 
 
 def merge_adapters(
-    config: MergeConfig, method: FactorMethod, out: Path, *, overwrite: bool, max_ram: int | None
-) -> Result:
+    config: MergeConfig,
+    method: FactorMethod,
+    out: Path,
+    *,
+    overwrite: bool,
+    max_ram: int | None,
+    report: bool,
+) -> tuple[Result, Report | None]:
     """Writes the merged adapter: ``adapter_config.json`` is that of the first one.
 
     Args:
@@ -32,6 +40,11 @@ def merge_adapters(
         out: The new folder, which appears when it is complete.
         overwrite: Replace it.
         max_ram: Bytes for the factors of one weight; None for no limit.
+        report: Compare what each merged adapter adds to a weight with what the inputs add.
+
+    Returns:
+        What was made, and the report: `change` is the norm of what is added to a weight, `changes` those of
+        the inputs; `bad` counts values of the merged factors.
 
     Raises:
         HyperparameterError: A model is no adapter; slices, tokenizers, filters by layer or gradients,
@@ -74,6 +87,7 @@ def merge_adapters(
             f"{method.name}: that is the least for this merge"
         )
     sink = _core.Sink(out, overwrite, sorted(map(str, folders)))
+    rows: list[TensorReport] = []
     try:
         with Writer(sink) as writer:
             sink.begin(FILE, [(key, NAMES[kind], list(shape)) for key, kind, shape in header])
@@ -82,8 +96,14 @@ def merge_adapters(
                 shared = _shared(config, piece, method, weight)
                 joined = method.joined(found, shared)
                 inputs = tuple(Input(name, weight) for name in names)
-                for key, factor in zip(opened[0].keys[weight], joined[:2], strict=True):
-                    tensor = factor.to(kinds[key]).contiguous()
+                keys = opened[0].keys[weight]
+                written = [
+                    f.to(kinds[k]).contiguous() for k, f in zip(keys, joined[:2], strict=True)
+                ]
+                if report:
+                    one = joined._replace(a=written[0], b=written[1])
+                    rows.append(_row(weight, method, one, found))
+                for key, tensor in zip(keys, written, strict=True):
                     writer.put(FILE, key, 0, tensor)
                     size = tensor.numel() * tensor.element_size()
                     result.bytes_written += size
@@ -104,13 +124,30 @@ def merge_adapters(
         text = json.dumps(opened[0].config, indent=2, sort_keys=True) + "\n"
         sink.write("adapter_config.json", text.encode())
         sink.write("README.md", _card(config, method, names).encode())
+        if report:
+            made_of = Report(tuple(rows), tuple(warnings(rows)), notes=result.notes)
+            sink.write(REPORT, made_of.to_json().encode())
         sink.publish()
     except BaseException:
         sink.discard()
         raise
     result.files = sorted(p.name for p in out.iterdir())
     result.seconds = time.perf_counter() - began
-    return result
+    return result, made_of if report else None
+
+
+def _row(weight: str, method: FactorMethod, made: Factors, inputs: list[Factors]) -> TensorReport:
+    bad = sum(int(f.isfinite().logical_not().sum()) for f in (made.a, made.b))
+    norm, changes = _norm(made), tuple(_norm(one) for one in inputs)
+    numel = made.a.shape[1] * made.b.shape[0]
+    return TensorReport(weight, method.name, bad, norm, numel, None, norm, changes)
+
+
+def _norm(factors: Factors) -> float:
+    """|scale * B A|, by products as small as the rank."""
+    a, b = factors.a.double(), factors.b.double()
+    square = float(((b.T @ b) * (a @ a.T)).sum())
+    return abs(factors.scale) * math.sqrt(max(square, 0.0)) if square == square else math.nan
 
 
 def _plain(config: MergeConfig) -> OutputSlice:

@@ -15,14 +15,14 @@ from retouch._core import __version__
 from retouch.errors import HyperparameterError
 from retouch.merge.adapterfolder import merge_adapters
 from retouch.merge.base import method_named
-from retouch.merge.card import card
+from retouch.merge.card import InputHashes, card
 from retouch.merge.document import MergeConfig, ModelRef
 from retouch.merge.engine import Progress, Result, run
 from retouch.merge.factormethods import FactorMethod
 from retouch.merge.mergekit import parse, read
 from retouch.merge.modelconfig import chat_template, depth, load, tokenizer_files, updated
 from retouch.merge.plan import Plan, Source, kind_of
-from retouch.merge.report import Report, survey
+from retouch.merge.report import REPORT, Report, survey
 from retouch.merge.resolve import Resolved, resolve
 from retouch.merge.sources import Checkpoint, Reader, open_sources
 from retouch.merge.tokens import AlignedReader, Vocabulary, align
@@ -91,7 +91,7 @@ def merge(
     """Merges models into a new folder.
 
     Methods on LoRA factors (`robust_merge`, `mos`) merge PEFT adapters: with a base into a model, without
-    one into an adapter that PEFT loads (no report then).
+    one into an adapter that PEFT loads.
 
     Args:
         config: A mergekit configuration (a YAML file, or what YAML gives), or the models: folders, files,
@@ -139,39 +139,35 @@ def merge(
             "method, base, parameters, shared, dtype and out_dtype go with a list of models; "
             "a configuration has its own"
         )
-    factors = method_named(document.method)
-    if isinstance(factors, FactorMethod) and document.base_model is None:
-        made = merge_adapters(document, factors, Path(out), overwrite=overwrite, max_ram=max_ram)
-        return Merged(Path(out), made, None)
+    merging = method_named(document.method)
+    if isinstance(merging, FactorMethod) and document.base_model is None:
+        made, compared = merge_adapters(
+            document, merging, Path(out), overwrite=overwrite, max_ram=max_ram, report=report
+        )
+        return Merged(Path(out), made, compared)
     ready = prepare(
         document, dialect=chosen, seed=seed, missing=missing, max_shard_size=max_shard_size
     )
     target = Path(out)
 
-    def files(_: Result) -> dict[str, bytes | str | None]:
-        text = card(
-            document,
-            method_named(document.method),
-            ready.plan,
-            ready.folders,
-            _versions(),
-            target.name,
-        )
-        own = {"README.md": text, "mergekit_config.yml": document.text}
-        return dict(ready.files) | own | {"merge_plan.json": ready.plan.to_json() + "\n"}
+    with InputHashes({s.id: ready.folders[s.id] for s in ready.plan.sources}) as hashes:
 
-    result = run(
-        ready.plan, target, overwrite=overwrite, max_ram=max_ram, progress=progress,
-        readers=ready.readers, extra_files=files,
-    )  # fmt: skip
+        def files(_: Result) -> dict[str, bytes | str | None]:
+            text = card(document, merging, ready.plan, hashes, _versions(), target.name)
+            own = {"README.md": text, "mergekit_config.yml": document.text}
+            return dict(ready.files) | own | {"merge_plan.json": ready.plan.to_json() + "\n"}
+
+        result = run(
+            ready.plan, target, overwrite=overwrite, max_ram=max_ram, progress=progress,
+            readers=ready.readers, extra_files=files,
+        )  # fmt: skip
     if not report:
         return Merged(target, result, None)
     written = Checkpoint(target)
     found = survey(ready.plan, ready.readers, written.read, notes=ready.plan.notes)
-    text = json.dumps(found.to_dict(), indent=1, allow_nan=False) + "\n"
-    part = target / ".merge_report.json"
-    part.write_text(text, encoding="utf-8")
-    part.replace(target / "merge_report.json")
+    part = target / f".{REPORT}"
+    part.write_text(found.to_json(), encoding="utf-8")
+    part.replace(target / REPORT)
     return Merged(target, result, found)
 
 
@@ -201,6 +197,11 @@ def prepare(
         FileNotFoundError: There is no such model.
     """
     method = method_named(config.method)
+    if isinstance(method, FactorMethod) and config.base_model is None:
+        raise HyperparameterError(
+            f"{method.name} without base_model makes an adapter of adapters, each weight alike: there is no "
+            "plan to show, merge them"
+        )
     sources = _sources(config)
     models = config.models()
     opened = open_sources(Plan(tuple(sources.values()), ()))
@@ -253,7 +254,7 @@ def _sources(config: MergeConfig) -> dict[str, Source]:
         if kind != "checkpoint":
             if config.base_model is None or config.base_model == plain:
                 raise HyperparameterError(
-                    f"{plain} is a {kind}: base_model must say of which model"
+                    f"{plain} is no checkpoint ({kind}): base_model must say of which model"
                 )
             below = str(config.base_model)
         found.setdefault(str(plain), Source(str(plain), path, kind, below))

@@ -89,6 +89,7 @@ class Job:
         masks: In place of what the method would keep of each model by size or at random: one tensor per
             model, nonzero where it stays. None leaves that to the method.
         start: Flat position of the first element in the whole tensor: not 0 only for a stretch.
+        room: Bytes that a search in a whole tensor may use (`max_ram`); None for no limit.
         notes: What `note` was told; it goes into the report.
     """
 
@@ -106,6 +107,7 @@ class Job:
     factors: list["Factors"] | None = None
     masks: list[Tensor] | None = None
     start: int = 0
+    room: int | None = None
     notes: dict[str, Any] = field(default_factory=dict)
 
     def values(self, parameter: str) -> list[Any]:

@@ -3,31 +3,59 @@
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import torch
 import yaml  # type: ignore[import-untyped]
 
 from retouch.merge.base import Method
 from retouch.merge.document import MergeConfig
 from retouch.merge.plan import Plan, TensorPlan
 
-__all__ = ["card", "hashes", "parameter_rows"]
+__all__ = ["InputHashes", "card", "parameter_rows"]
 
 
-def hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file of weights, by its name.
+class InputHashes:
+    """SHA-256 of the files of weights, taken by threads beside the merge; leaving it stops them.
 
     Args:
-        folder: A folder, or one file.
+        sources: A folder or one file, by source id.
     """
-    files = [folder] if folder.is_file() else sorted(folder.glob("*.safetensors"))
-    out = {}
-    for file in files:
-        with file.open("rb") as opened:
-            out[file.name] = hashlib.file_digest(opened, "sha256").hexdigest()
-    return out
+
+    def __init__(self, sources: Mapping[str, Path]) -> None:
+        self._stop = threading.Event()
+        # as many as the merge has: between its tensors it waits for memory and disk
+        self._pool = ThreadPoolExecutor(torch.get_num_threads())
+        files = {id: _weights(folder) for id, folder in sources.items()}
+        each = {f for found in files.values() for f in found}
+        sums = {file: self._pool.submit(self._sum, file) for file in sorted(each)}
+        self._of = {id: {f.name: sums[f] for f in found} for id, found in files.items()}
+
+    def of(self, source: str) -> dict[str, str]:
+        """The sums of a source by name of file, as soon as they are known."""
+        return {name: sum.result() for name, sum in self._of[source].items()}
+
+    def _sum(self, file: Path) -> str:
+        sum, buffer = hashlib.sha256(), memoryview(bytearray(1 << 18))
+        with file.open("rb", buffering=0) as opened:
+            while (n := opened.readinto(buffer)) and not self._stop.is_set():
+                sum.update(buffer[:n])
+        return sum.hexdigest()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _weights(folder: Path) -> list[Path]:
+    return [folder] if folder.is_file() else sorted(folder.glob("*.safetensors"))
 
 
 def parameter_rows(tensors: Iterable[TensorPlan]) -> list[dict[str, Any]]:
@@ -52,7 +80,7 @@ def card(
     config: MergeConfig,
     method: Method,
     plan: Plan,
-    folders: Mapping[str, Path],
+    inputs: InputHashes,
     versions: Mapping[str, str],
     name: str,
 ) -> str:
@@ -62,7 +90,7 @@ def card(
         config: What was asked for.
         method: Its method.
         plan: What it became.
-        folders: Where each source was read from.
+        inputs: The sums of its sources.
         versions: Of the packages that had a part in it.
         name: Of the model.
 
@@ -77,7 +105,7 @@ def card(
     recipe = {
         "dialect": plan.dialect, "seed": plan.seed, "dtype": plan.dtype, "out_dtype": plan.out_dtype,
         "versions": dict(versions),
-        "inputs": {id: {"kind": s.kind, "sha256": hashes(folders[id])} for id, s in _sources(plan)},
+        "inputs": {id: {"kind": s.kind, "sha256": inputs.of(id)} for id, s in _sources(plan)},
     }  # fmt: skip
     lines = ["---", yaml.safe_dump(head, sort_keys=False).rstrip(), "---", f"# {name}", ""]
     lines += [

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from retouch.config import SelectConfig
 from retouch.eligible import candidates
 from retouch.errors import HyperparameterError, ScoreError
+from retouch.merge.statistics import IN_OUT
 from retouch.passes import LossFn
 from retouch.scores import Fisher, GradStat
 from retouch.scores.activations import each_input, input_dim
@@ -78,9 +79,9 @@ def collect_gram(
 
     One forward pass over the data in evaluation mode, sums in float64, stored as float32 by the name of
     the layer's weight. Padding counts as any other token, so leave it out. In memory are all Gram
-    matrices, 8 bytes for the square of each layer's inputs. Layers that no input reached, weights that
-    are tied to an embedding, and those stored as [in, out] (`Conv1D`) have none: `regmean` takes their
-    plain mean, and its report says so.
+    matrices, 8 bytes for the square of each layer's inputs. The name of a weight that is stored as
+    [in, out] (`Conv1D`) is followed by ``:in_out``. Layers that no input reached and weights that are tied
+    to an embedding have none: `regmean` takes their plain mean, and its report says so.
 
     Args:
         model: Left as it was.
@@ -94,7 +95,7 @@ def collect_gram(
     Raises:
         ScoreError: No batch, no linear layer, or an input that is NaN or infinite.
     """
-    layers = {n: c for n, c in candidates(model, _ALL).items() if input_dim(c) == 1}
+    layers = {n: c for n, c in candidates(model, _ALL).items() if input_dim(c) is not None}
     if not layers:
         raise ScoreError(f"{type(model).__name__} has no linear layer to measure")
     sums: dict[str, Tensor] = {}
@@ -113,7 +114,7 @@ def collect_gram(
             gram = sums.pop(name) / tokens[name]
             if not bool(gram.isfinite().all()):
                 raise ScoreError(f"an input of {name} is NaN or infinite")
-            found[name] = gram.float()
+            found[name if input_dim(layers[name]) == 1 else name + IN_OUT] = gram.float()
     return _save(found, out, {"kind": "gram"})
 
 

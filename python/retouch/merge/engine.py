@@ -314,7 +314,7 @@ class _Merger:
             [] if by_factors else [self.read(one) for one in plan.inputs],
             [one.source for one in plan.inputs],
             task.parameters, task.shared, task.dialect, self.plan.seed, task.meta.dtype, state,
-            factors=self.factors(task) if by_factors else None,
+            factors=self.factors(task) if by_factors else None, room=self.max_ram,
         )  # fmt: skip
 
     def factors(self, task: Task) -> list[Factors] | None:

@@ -11,6 +11,7 @@ from retouch.errors import FormatError
 from retouch.merge import editing, statistics, trajectory
 from retouch.merge.base import REQUIRED, Job, Method, Param, register
 from retouch.merge.matrixmethod import LAMBDA, NUMBER, WEIGHT, MatrixMethod, mean, statistic
+from retouch.merge.statistics import IN_OUT
 
 __all__ = ["RELEX", "AlphaRL", "BitDelta", "DareShare", "Fisher", "RankK", "RegMean"]
 
@@ -104,20 +105,30 @@ class RegMean(Method):
     per_model = {
         "weight": Param(float, 1.0, 0, help="factor of the model's Gram matrices"),
         "gram": Param(
-            str, REQUIRED, help="safetensors with X'X of each layer's inputs, by its weight's name"
+            str,
+            REQUIRED,
+            help="safetensors with X'X of each layer's inputs by its weight's name: `collect_gram`",
         ),
     }
     shared = {"shrink": Param(float, 0.9, 0, 1, help="factor of the off-diagonal entries")}
 
     def merge(self, job: Job) -> Tensor:
         """The merged tensor."""
-        grams = []
+        grams, turned, tensors = [], set(), job.tensors
         for path, weight in zip(job.values("gram"), job.values("weight"), strict=True):
             found = statistic(path, job.name)
+            if found is None and (found := statistic(path, job.name + IN_OUT)) is not None:
+                turned.add(path)
             if found is not None:
                 grams.append(found.double() * weight)
-        if len(grams) == len(job.tensors) and job.tensors[0].ndim == 2:
-            merged = statistics.regmean(job.tensors, grams, job.shared["shrink"], job.name)
+        if len(grams) == len(tensors) and tensors[0].ndim == 2:
+            if turned and turned != set(job.values("gram")):
+                raise FormatError(
+                    f"{job.name} is stored as [in, out] for some of the Gram files, for others not"
+                )
+            tensors = [t.T for t in tensors] if turned else tensors
+            merged = statistics.regmean(tensors, grams, job.shared["shrink"], job.name)
+            merged = merged.T.contiguous() if turned else merged
         else:
             job.note("gram", "not measured for every model: plain mean")
             merged = mean([t.double() for t in job.tensors])

@@ -1,6 +1,8 @@
 """A merge for the terminal: sizes in words, a bar, and tables as titles, columns and rows."""
 
+import ctypes
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,7 +11,7 @@ from retouch.merge.api import Merged, Prepared
 from retouch.merge.card import parameter_rows
 from retouch.merge.engine import Progress
 
-__all__ = ["Table", "bar", "changes", "parameters", "size", "summary"]
+__all__ = ["Table", "bar", "changes", "parameters", "return_memory", "size", "summary"]
 
 Table = tuple[str, list[str], list[list[str]]]
 
@@ -30,6 +32,19 @@ def size(text: str | None) -> int | None:
     if match is None or unit is None:
         raise HyperparameterError(f"got {text!r} for a size, wanted one such as 8GB or 500MB")
     return int(float(match[1]) * unit)
+
+
+def return_memory() -> None:
+    """Has glibc give every block of 256 KiB or more back to the system when it is freed.
+
+    By itself it learns from the first large blocks to keep up to 64 MiB of freed memory, which no budget
+    of `max_ram` counts. A process that ends after the merge can have it so; a notebook may not want it.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mmap_threshold, trim_threshold = -3, -1  # malloc.h
+        mallopt(mmap_threshold, 1 << 18)
+        mallopt(trim_threshold, 1 << 18)
 
 
 @contextmanager

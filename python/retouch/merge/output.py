@@ -20,6 +20,7 @@ from retouch.merge.sources import Meta, Reader
 __all__ = ["Extra", "Result", "Task", "TensorResult", "Writer", "files", "shards", "size"]
 
 _INDEX = "model.safetensors.index.json"
+_FLUSH = 1 << 26  # bytes after which the disk begins to work
 Extra = Mapping[str, str | bytes | None]
 
 
@@ -112,10 +113,14 @@ def shards(tasks: list[Task], limit: int) -> dict[str, list[Task]]:
 
 
 class Writer:
-    """Writes one piece while the next one is made, and waits for the disk beside both."""
+    """Writes one piece while the next one is made, and waits for the disk beside both.
+
+    What was written is flushed as soon as it is worth it: the disk has little left to do at the end.
+    """
 
     def __init__(self, sink: "_core.Sink") -> None:
         self.sink = sink
+        self._unflushed = 0
         self._puts, self._ends = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._last: Future[None] | None = None
         self._closing: list[Future[None]] = []
@@ -126,11 +131,16 @@ class Writer:
             self._last.result()
         data = tensor.reshape(-1).view(torch.uint8)
         self._last = self._puts.submit(self.sink.put, file, name, offset, data)
+        self._unflushed += data.numel()
+        if self._unflushed >= _FLUSH:
+            self._unflushed = 0
+            self._closing.append(self._ends.submit(self.sink.flush, file))
 
     def end(self, file: str) -> None:
         """Closes a file."""
         if self._last is not None:
             self._last.result()
+        self._unflushed = 0
         self._closing.append(self._ends.submit(self.sink.end, file))
 
     def __enter__(self) -> "Writer":

@@ -3,8 +3,9 @@
 One pass over the written output beside its inputs, a stretch of a tensor at a time.
 """
 
+import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,9 @@ from retouch.merge.plan import Input, Plan, TensorPlan
 if TYPE_CHECKING:
     from retouch.merge.sources import Reader
 
-__all__ = ["Report", "TensorReport", "survey"]
+__all__ = ["REPORT", "Report", "TensorReport", "survey", "warnings"]
 
+REPORT = "merge_report.json"
 STRETCH = 1 << 22  # elements that are widened to float64 at a time
 STRANGER = 1.0  # |model - base| / |base| from which a model is hardly a fine-tune of the base
 LOUD = 2.0  # |merged - base| / largest |model - base| from which the change was blown up
@@ -84,6 +86,10 @@ class Report:
             row["ratio"] = tensor.ratio
         return _finite(raw)  # type: ignore[no-any-return]
 
+    def to_json(self) -> str:
+        """The text of the file `REPORT`."""
+        return json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
+
 
 def survey(
     plan: Plan,
@@ -111,24 +117,32 @@ def survey(
     unread = {name for id in whole for name in readers[id].names() if (id, name) not in read}
     missing = sorted(unread - {entry.name for entry in plan.tensors})
     untouched = tuple(row.name for row in merged if row.moved == 0)
-    warnings = [f"{r.name}: {r.bad:,} values are NaN or infinite" for r in rows if r.bad]
-    warnings += [
+    far = [
         f"{source} differs from the base by {share:.0%} of the base's norm: is it a fine-tune of it?"
         for source, share in strangers.items()
     ]
+    found = warnings(rows, far, ": smaller weights or normalize: true")
+    if merged and len(untouched) == len(merged):
+        found.append("the output is the base: no tensor was changed")
+    return Report(
+        tuple(rows), tuple(found), untouched,
+        tuple(row.name for row in rows if row.method is None), tuple(missing), strangers, notes,
+    )  # fmt: skip
+
+
+def warnings(rows: Sequence[TensorReport], far: Sequence[str] = (), advice: str = "") -> list[str]:
+    """What looks wrong in numbers and norms, `far` between the two; `advice` against loud changes."""
+    merged = [row for row in rows if row.method is not None]
+    found = [f"{r.name}: {r.bad:,} values are NaN or infinite" for r in rows if r.bad]
+    found += far
     loud = [r for r in merged if r.ratio is not None and r.ratio > LOUD]
     if loud:
         worst = max(loud, key=lambda r: r.ratio or 0.0)
-        warnings.append(
+        found.append(
             f"{len(loud)} tensors moved farther than any model did, {worst.name} "
-            f"{worst.ratio:.1f} times as far: smaller weights or normalize: true"
+            f"{worst.ratio:.1f} times as far{advice}"
         )
-    if merged and len(untouched) == len(merged):
-        warnings.append("the output is the base: no tensor was changed")
-    return Report(
-        tuple(rows), tuple(warnings), untouched,
-        tuple(row.name for row in rows if row.method is None), tuple(missing), strangers, notes,
-    )  # fmt: skip
+    return found
 
 
 def _inputs(entry: TensorPlan) -> tuple[Input, ...]:

@@ -12,7 +12,11 @@ from torch import Tensor
 from retouch.errors import ScoreError, ShapeError
 from retouch.linalg import sequential, shrunk_towards
 
-__all__ = ["fisher_mean", "regmean"]
+__all__ = ["IN_OUT", "fisher_mean", "regmean"]
+
+IN_OUT = (
+    ":in_out"  # behind the name of a Gram matrix whose weight is stored as [in, out], as `Conv1D`'s
+)
 
 
 @torch.no_grad()

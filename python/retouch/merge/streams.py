@@ -37,6 +37,7 @@ class Streams:
         high: Keeps what is below a magnitude, and its equals up to a position.
         chances: Seed, name and share of a random choice.
         factors: Multiply each element; float32 of the tensor's shape.
+        room: Bytes that `cuts` may use; None for no limit.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Streams:
     high: list[Cut | None]
     chances: list[tuple[int, str, float] | None]
     factors: list[Tensor | None]
+    room: int | None = None
 
     @classmethod
     def of(cls, job: Job, weights: list[float] | None = None) -> "Streams":
@@ -61,7 +63,7 @@ class Streams:
         return cls(
             job.name, job.models, job.base, job.tensors, job.start,
             [1.0] * n if weights is None else weights,
-            [1.0] * n, [None] * n, [None] * n, [None] * n, factors,
+            [1.0] * n, [None] * n, [None] * n, [None] * n, factors, job.room,
         )  # fmt: skip
 
     def blend(self, rule: str, dtype: torch.dtype, **options: Any) -> Tensor:
@@ -72,7 +74,10 @@ class Streams:
 
     def cuts(self, counts: list[int]) -> list[Cut]:
         """For each tensor the cut that parts its so many largest magnitudes; ties by lowest position."""
-        return [c[:2] for c in _core.cuts(self, [(t, k, False) for t, k in enumerate(counts)])]
+        return [c[:2] for c in self._cuts([(t, k, False) for t, k in enumerate(counts)])]
+
+    def _cuts(self, requests: list[tuple[int, int, bool]]) -> list[tuple[float, int, int]]:
+        return _core.cuts(self, requests, room=self.room)
 
     def bands(self, tops: list[int], keeps: list[int]) -> tuple[list[Cut], list[Cut]]:
         """The cuts `low` and `high` that leave of each tensor the `keep` magnitudes below the `top` largest.
@@ -83,12 +88,12 @@ class Streams:
         ends = [
             (t, top + keep, False) for t, (top, keep) in enumerate(zip(tops, keeps, strict=True))
         ]
-        found = _core.cuts(self, [*ends, *((t, top, True) for t, top in enumerate(tops))])
+        found = self._cuts([*ends, *((t, top, True) for t, top in enumerate(tops))])
         low, high = [c[:2] for c in found[:n]], [c[:2] for c in found[n:]]
         for t, (_, _, above) in enumerate(found[n:]):
             if tops[t] and keeps[t] and low[t][0] == high[t][0]:
                 # all that stays is equal: its first ones
-                low[t] = _core.cuts(self, [(t, above + keeps[t], False)])[0][:2]
+                low[t] = self._cuts([(t, above + keeps[t], False)])[0][:2]
                 high[t] = (high[t][0], EVERY)
         return low, high
 
@@ -106,6 +111,7 @@ class Streams:
         return Streams(
             self.name, [self.models[t]], self.base, [self.tensors[t]], self.start, [self.weights[t]],
             [self.scales[t]], [self.low[t]], [self.high[t]], [self.chances[t]], [self.factors[t]],
+            self.room,
         )  # fmt: skip
 
 

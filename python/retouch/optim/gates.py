@@ -477,9 +477,14 @@ def parse(data: Mapping[str, Any]) -> Gate:
     """
     options = dict(data) if isinstance(data, Mapping) else {}
     cls = _KINDS.get(options.pop("kind", ""))
-    fields = {f.name for f in dataclasses.fields(cls)} if cls is not None else set()
-    if cls is None or not options.keys() <= fields:
+    if cls is None:
         raise HyperparameterError(
-            f"{data!r} is no gate; wanted one of {', '.join(c.__name__ for c in _KINDS.values())}"
+            f"{data!r} is no gate; wanted an object, or a dict whose 'kind' is one of {', '.join(_KINDS)}"
+        )
+    fields = [f.name for f in dataclasses.fields(cls)]
+    if strange := sorted(options.keys() - set(fields)):
+        raise HyperparameterError(
+            f"the gate {cls.kind!r} has no {', '.join(map(repr, strange))}; it has "
+            + (", ".join(fields) or "no options")
         )
     return cls(**options)

@@ -23,12 +23,14 @@ const RANKING: fn() -> Ranking<true> = || Ranking::new(true);
 /// Rank of zero: the lowest there is.
 const ZERO: u32 = 1 << 31;
 
-/// For each request its cut, and how many exceed the bound.
+/// For each request its cut, and how many exceed the bound. At most about `room` magnitudes are collected
+/// at a time (4 bytes each, and as many again while lists grow); histograms find what needs more.
 pub fn cuts(
     threads: usize,
     (name, names): (&str, &[&str]),
     streams: &Streams<'_>,
     requests: &[Request],
+    room: Option<usize>,
 ) -> Result<Vec<(Cut, usize)>> {
     let len = streams.length()?;
     for r in requests {
@@ -36,7 +38,10 @@ pub fn cuts(
             return Err(Error::Budget { k: r.k, eligible: len });
         }
     }
-    let field = Field { streams, len };
+    // of each chunk: more means that the bracket is of no use; few distinct magnitudes (bf16) fill it
+    let parts = len.div_ceil(CHUNK).max(1).saturating_mul(requests.len().max(1));
+    let room = room.map_or(CHUNK / 4, |room| (room / parts).min(CHUNK / 4));
+    let field = Field { streams, len, room };
     let found = install(threads, || field.find(requests));
     found.ok_or_else(|| streams.not_a_number(name, names, len))
 }
@@ -44,6 +49,8 @@ pub fn cuts(
 struct Field<'a> {
     streams: &'a Streams<'a>,
     len: usize,
+    /// magnitudes that are collected of one chunk
+    room: usize,
 }
 
 /// What the pass over one chunk found for one request.
@@ -117,8 +124,7 @@ impl Field<'_> {
 
     /// For each chunk what it holds for each request.
     fn survey(&self, requests: &[Request], brackets: &[Bracket]) -> Vec<Vec<Found>> {
-        // of each chunk: more means that the bracket is of no use; few distinct magnitudes (bf16) fill it
-        let room = CHUNK / 4;
+        let room = self.room;
         let one = |i: usize| {
             let first = i * CHUNK;
             let len = CHUNK.min(self.len - first);
