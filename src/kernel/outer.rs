@@ -1,12 +1,12 @@
-//! Products of the samples of a batch, each mapped before it is added: `total += Σ_b map(L_bᵀ R_b)`.
+//! Products of the samples of a batch, each mapped before it is added: `score += Σ_b map(L_bᵀ R_b)`.
 //!
 //! A sample of few tokens makes a thin product, which a library multiplies slowly, writes out, and
-//! reads again for the map. Here a tile of `total` stays in registers while all samples pass: the sums
+//! reads again for the map. Here a tile of `score` stays in registers while all samples pass: the sums
 //! of one sample stand beside it and are mapped and added there. Both operands are packed for it, as a
 //! panel of rows that a task keeps for all tiles beside it and a strip of columns.
 //!
 //! An element has one order of sums, whatever the threads, the processor and the tile: a sample's
-//! product is one fused multiply-add for each token from zero on, and is added to `total` sample after
+//! product is one fused multiply-add for each token from zero on, and is added to `score` sample after
 //! sample (a square with one rounding). So cutting a batch in two changes no bit either.
 use super::chunk::{Divide, check_len, each};
 use super::reduce::Map;
@@ -15,8 +15,8 @@ use crate::error::Result;
 use std::cell::Cell;
 use std::ops::Range;
 
-/// Rows of a tile. With one vector for each of them and two columns of vectors there are as many sums
-/// in flight as the processor needs, and both tiles fit its registers.
+/// Rows of a tile. With two lines of columns that is twelve sums, enough in flight to hide how long one
+/// takes, and the registers hold them twice; where registers are fewer, a tile has one line.
 const ROWS: usize = 6;
 /// Tokens that are packed together, if a sample has no more: what then waits for its tile is in L2.
 const TOKENS: usize = 512;
@@ -24,6 +24,8 @@ const TOKENS: usize = 512;
 const PACKED: usize = 1 << 20;
 /// Rows of a task, at least and at most: many tiles share a strip of columns.
 const TASK: (usize, usize) = (8 * ROWS, 64 * ROWS);
+/// Multiply-adds below which handing over costs more than the work.
+const SMALL: usize = 1 << 20;
 /// Tokens whose rows are packed side by side.
 const BESIDE: usize = 16;
 
@@ -44,10 +46,10 @@ pub struct Samples<'a> {
     pub columns: usize,
 }
 
-/// Adds `map` of the product `[rows, columns]` of each sample to `total`.
+/// Adds `map` of the product `[rows, columns]` of each sample to `score`.
 pub fn accumulate_outer(
     threads: usize,
-    total: &mut [f32],
+    score: &mut [f32],
     samples: &Samples<'_>,
     map: Map,
 ) -> Result<()> {
@@ -56,13 +58,14 @@ pub fn accumulate_outer(
     let all = count.saturating_mul(tokens);
     check_len("left", left.len(), all.saturating_mul(rows))?;
     check_len("right", right.len(), all.saturating_mul(columns))?;
-    check_len("total", total.len(), rows.saturating_mul(columns))?;
-    if all == 0 || total.is_empty() {
+    check_len("score", score.len(), rows.saturating_mul(columns))?;
+    if all == 0 || score.is_empty() {
         return Ok(());
     }
     let most = TASK.1.min(PACKED / tokens).max(TASK.0);
-    let grain = rows.div_ceil(2 * threads.max(1)).clamp(TASK.0, most).next_multiple_of(ROWS);
-    each(threads, grain, Part { samples, rows: 0..rows, total }, |part| wide(Add { part, map }));
+    let share = rows.div_ceil(2 * threads.max(1)).clamp(TASK.0, most).next_multiple_of(ROWS);
+    let grain = if score.len().saturating_mul(all) < SMALL { rows } else { share };
+    each(threads, grain, Part { samples, rows: 0..rows, score }, |part| wide(Add { part, map }));
     Ok(())
 }
 
@@ -99,11 +102,11 @@ fn room<T: Clone>(buffer: &mut Vec<T>, n: usize, zero: T) -> &mut [T] {
     &mut buffer[..n]
 }
 
-/// Some rows of the total.
+/// Some rows of the score.
 struct Part<'a> {
     samples: &'a Samples<'a>,
     rows: Range<usize>,
-    total: &'a mut [f32],
+    score: &'a mut [f32],
 }
 
 impl Divide for Part<'_> {
@@ -112,10 +115,10 @@ impl Divide for Part<'_> {
     }
     fn divide(self, at: usize) -> (Self, Self) {
         let middle = self.rows.start + at;
-        let (a, b) = self.total.split_at_mut(at * self.samples.columns);
+        let (a, b) = self.score.split_at_mut(at * self.samples.columns);
         (
-            Part { rows: self.rows.start..middle, total: a, ..self },
-            Part { rows: middle..self.rows.end, total: b, ..self },
+            Part { rows: self.rows.start..middle, score: a, ..self },
+            Part { rows: middle..self.rows.end, score: b, ..self },
         )
     }
 }
@@ -143,7 +146,7 @@ impl Add<'_> {
     /// In tiles of N lines of columns.
     #[inline(always)]
     fn tiles<I: Isa, const N: usize>(self, isa: I, scratch: &mut Scratch) {
-        let Part { samples, rows, total } = self.part;
+        let Part { samples, rows, score } = self.part;
         let &Samples { left, right, tokens, columns, .. } = samples;
         let together = (TOKENS / tokens).max(1) * tokens;
         for first in (0..samples.samples * tokens).step_by(together) {
@@ -153,11 +156,11 @@ impl Add<'_> {
             for column in (0..columns).step_by(N * LINE) {
                 let strip = room(&mut scratch.strip, n * N, Line::ZERO).as_chunks_mut::<N>().0;
                 pack_columns(&right[first * columns..], columns, column, strip);
-                let tiles = total.chunks_mut(ROWS * columns).zip(panels.chunks_exact(n));
-                for (total, panel) in tiles {
-                    let sums = read(isa, total, columns, column);
+                let tiles = score.chunks_mut(ROWS * columns).zip(panels.chunks_exact(n));
+                for (score, panel) in tiles {
+                    let sums = read(isa, score, columns, column);
                     let sums = add(isa, sums, panel, strip, tokens, self.map);
-                    write(isa, sums, total, columns, column);
+                    write(isa, sums, score, columns, column);
                 }
             }
         }
@@ -203,7 +206,7 @@ fn pack_columns<const N: usize>(src: &[f32], width: usize, column: usize, to: &m
     }
 }
 
-/// A tile of the total that begins at a column of some rows; what is outside of it is zero.
+/// A tile of the score that begins at a column of some rows; what is outside of it is zero.
 #[inline(always)]
 fn read<I: Isa, const N: usize>(isa: I, rows: &[f32], width: usize, column: usize) -> Tile<I, N> {
     std::array::from_fn(|i| {

@@ -23,7 +23,7 @@ pub(crate) trait Loop {
 pub(crate) trait Isa: Copy {
     /// Sixteen f32, for loops that keep them in registers.
     type Line: Copy;
-    /// How many tens of lines stay in registers: 2 or 1.
+    /// Whether registers hold some thirty lines, instead of eight at most.
     fn large(self) -> bool;
     /// From memory.
     fn load(self, x: &[f32; LINE]) -> Self::Line;

@@ -16,7 +16,7 @@ fn numbers(n: usize, seed: u32) -> Vec<f32> {
 struct Case {
     left: Vec<f32>,
     right: Vec<f32>,
-    total: Vec<f32>,
+    score: Vec<f32>,
     samples: usize,
     tokens: usize,
     rows: usize,
@@ -27,8 +27,8 @@ impl Case {
     fn new(samples: usize, tokens: usize, rows: usize, columns: usize) -> Self {
         let (left, right) =
             (numbers(samples * tokens * rows, 1), numbers(samples * tokens * columns, 2));
-        let total = numbers(rows * columns, 3);
-        Case { left, right, total, samples, tokens, rows, columns }
+        let score = numbers(rows * columns, 3);
+        Case { left, right, score, samples, tokens, rows, columns }
     }
 
     fn factors(&self) -> Samples<'_> {
@@ -37,9 +37,9 @@ impl Case {
     }
 
     fn run(&self, threads: usize, map: Map) -> Vec<f32> {
-        let mut total = self.total.clone();
-        accumulate_outer(threads, &mut total, &self.factors(), map).unwrap();
-        total
+        let mut score = self.score.clone();
+        accumulate_outer(threads, &mut score, &self.factors(), map).unwrap();
+        score
     }
 
     /// The factors of an element of the product of a sample.
@@ -52,8 +52,8 @@ impl Case {
     fn naive(&self, map: Map) -> Vec<(f32, f64, f64)> {
         let one = |i: usize| {
             let (row, column) = (i / self.columns, i % self.columns);
-            let mut total = self.total[i];
-            let (mut exact, mut size) = (f64::from(total), f64::from(total.abs()));
+            let mut score = self.score[i];
+            let (mut exact, mut size) = (f64::from(score), f64::from(score.abs()));
             for sample in 0..self.samples {
                 let (mut x, mut wide, mut large) = (0.0f32, 0.0f64, 0.0f64);
                 for (a, b) in self.pairs(sample, row, column) {
@@ -61,17 +61,17 @@ impl Case {
                     wide += f64::from(a) * f64::from(b);
                     large += (f64::from(a) * f64::from(b)).abs();
                 }
-                (total, wide, large) = match map {
-                    Map::Id => (total + x, wide, large),
-                    Map::Abs => (total + x.abs(), wide.abs(), large),
-                    Map::Square => (x.mul_add(x, total), wide * wide, large * large),
+                (score, wide, large) = match map {
+                    Map::Id => (score + x, wide, large),
+                    Map::Abs => (score + x.abs(), wide.abs(), large),
+                    Map::Square => (x.mul_add(x, score), wide * wide, large * large),
                 };
                 exact += wide;
                 size += large;
             }
-            (total, exact, size)
+            (score, exact, size)
         };
-        (0..self.total.len()).map(one).collect()
+        (0..self.score.len()).map(one).collect()
     }
 
     fn check(&self, threads: usize) {
@@ -110,13 +110,13 @@ fn bits_do_not_depend_on_threads_nor_on_how_a_batch_is_cut() {
     for threads in [2, 3, 7] {
         assert!(one == case.run(threads, Map::Square));
     }
-    let mut total = case.total.clone();
+    let mut score = case.score.clone();
     let parts = case.left.chunks(4 * 20 * 301).zip(case.right.chunks(4 * 20 * 70));
     for (samples, (left, right)) in [4, 4, 1].into_iter().zip(parts) {
         let part = Samples { left, right, samples, ..case.factors() };
-        accumulate_outer(2, &mut total, &part, Map::Square).unwrap();
+        accumulate_outer(2, &mut score, &part, Map::Square).unwrap();
     }
-    assert!(one == total);
+    assert!(one == score);
 }
 
 #[test]
@@ -124,8 +124,8 @@ fn infinities_and_nan_stay_in_their_row_or_column() {
     let mut case = Case::new(3, 4, 8, 40);
     case.left[(4 + 2) * 8 + 7] = f32::INFINITY; // second sample, third token
     case.right[(2 * 4) * 40 + 33] = f32::NAN;
-    let total = case.run(2, Map::Square);
-    for (i, x) in total.iter().enumerate() {
+    let score = case.run(2, Map::Square);
+    for (i, x) in score.iter().enumerate() {
         let (row, column) = (i / 40, i % 40);
         assert_eq!(x.is_nan(), column == 33, "{row} {column}");
         assert_eq!(x.is_infinite(), column != 33 && row == 7, "{row} {column}");
@@ -135,23 +135,23 @@ fn infinities_and_nan_stay_in_their_row_or_column() {
 #[test]
 fn wrong_lengths_are_refused_before_anything_is_written() {
     let case = Case::new(2, 3, 4, 5);
-    let refused = |factors: Samples<'_>, total: &mut [f32], buffer: &str| {
-        let e = accumulate_outer(1, total, &factors, Map::Abs);
+    let refused = |factors: Samples<'_>, score: &mut [f32], buffer: &str| {
+        let e = accumulate_outer(1, score, &factors, Map::Abs);
         assert!(matches!(&e, Err(Error::Length { name, .. }) if name == buffer), "{e:?}");
     };
-    let mut total = case.total.clone();
+    let mut score = case.score.clone();
     let f = case.factors();
-    refused(Samples { left: &f.left[1..], ..f }, &mut total, "left");
-    refused(Samples { right: &f.right[1..], ..f }, &mut total, "right");
-    refused(f, &mut total[1..], "total");
-    refused(Samples { samples: 3, ..f }, &mut total, "left");
-    refused(Samples { tokens: usize::MAX, ..f }, &mut total, "left");
-    refused(Samples { rows: usize::MAX, columns: 5, ..f }, &mut total, "left");
-    refused(Samples { columns: 6, ..f }, &mut total, "right");
+    refused(Samples { left: &f.left[1..], ..f }, &mut score, "left");
+    refused(Samples { right: &f.right[1..], ..f }, &mut score, "right");
+    refused(f, &mut score[1..], "score");
+    refused(Samples { samples: 3, ..f }, &mut score, "left");
+    refused(Samples { tokens: usize::MAX, ..f }, &mut score, "left");
+    refused(Samples { rows: usize::MAX, columns: 5, ..f }, &mut score, "left");
+    refused(Samples { columns: 6, ..f }, &mut score, "right");
     let empty =
         Samples { left: &[], right: &[], samples: 0, tokens: 3, rows: usize::MAX, columns: 2 };
-    refused(empty, &mut total, "total");
-    assert!(total == case.total);
+    refused(empty, &mut score, "score");
+    assert!(score == case.score);
 }
 
 #[test]
