@@ -6,6 +6,8 @@ A row for each number of tokens. "loop in torch" is what a user writes: one samp
 squares of all gradients. "single samples" is `Fisher()` given batches of one. "forward and backward" is
 the same batches up to the gradients of the activations alone, which every way needs. Ratios are taken
 within a round: median and range. The scores must be equal before anything is timed.
+
+OMP_WAIT_POLICY=passive keeps torch's idle threads off the cores that our kernel works on.
 """
 
 import argparse
