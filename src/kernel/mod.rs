@@ -10,6 +10,7 @@ pub mod chunk;
 pub mod gather;
 pub mod lion;
 mod marks;
+pub mod outer;
 pub mod pack;
 mod rank;
 pub mod reduce;

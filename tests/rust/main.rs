@@ -8,6 +8,7 @@ mod files;
 mod hostile;
 mod moving;
 mod numbers;
+mod outer;
 mod random;
 mod sampled;
 mod selecting;
