@@ -19,7 +19,8 @@ from torch import Tensor
 
 from retouch import _core, errors
 
-_KERNEL_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
+_HALVES = frozenset({torch.float16, torch.bfloat16})
+_KERNEL_DTYPES = _HALVES | {torch.float32}
 # The names of the safetensors format, so that a fingerprint is the same for a tensor and for its file.
 _DTYPE_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -350,14 +351,70 @@ def accumulate_(
         raise errors.ShapeError(
             f"score of {name} has shape {tuple(score.shape)}, its gradient {tuple(value.shape)}"
         )
-    wide = value.detach().to(score.dtype)
+    score.detach().add_(mapped(value.detach().to(score.dtype), map), alpha=weight)
+
+
+def mapped(x: Tensor, map: str) -> Tensor:
+    """`map(x)` with `map` one of "id", "abs", "square"."""
+    if map == "id":
+        return x
     if map == "abs":
-        wide = wide.abs()
-    elif map == "square":
-        wide = wide.square()
-    elif map != "id":
-        raise errors.HyperparameterError(f"map must be one of id, abs, square, got {map}")
-    score.detach().add_(wide, alpha=weight)
+        return x.abs()
+    if map == "square":
+        return x.square()
+    raise errors.HyperparameterError(f"map must be one of id, abs, square, got {map}")
+
+
+def accumulate_outer_(
+    score: Tensor, left: Tensor, right: Tensor, name: str, *, map: str = "id"
+) -> None:
+    """`score += sum of map(left[b].T @ right[b])` over the samples b of a batch.
+
+    Args:
+        score: float32 [rows, columns].
+        left: [samples, tokens, rows].
+        right: [samples, tokens, columns], of the dtype of `left`.
+        name: Of the weight, for errors.
+        map: "id", "abs" or "square". A product of 16-bit factors is rounded to their dtype before it,
+            as a gradient is.
+
+    No tensor with the products of all samples is made. Where none needs to stand alone, all are one
+    large product. The Rust kernel, for the rest in float32, adds token after token and sample after
+    sample, in an order that depends on nothing; elsewhere it is one product and one pass over the
+    score for each sample.
+
+    Raises:
+        ShapeError: The shapes do not fit.
+    """
+    left, right = left.detach(), right.detach()
+    if (
+        left.dim() != 3
+        or right.dim() != 3
+        or left.shape[:2] != right.shape[:2]
+        or score.shape != (left.shape[2], right.shape[2])
+    ):
+        raise errors.ShapeError(
+            f"score of {name} has shape {tuple(score.shape)}, "
+            f"the factors of its samples {tuple(left.shape)} and {tuple(right.shape)}"
+        )
+    total = score.detach()
+    if left.dtype not in _HALVES and (map == "id" or left.shape[1] == 1):
+        # a sum of products, or products of two vectors each
+        left, right = mapped(left.flatten(0, 1), map), mapped(right.flatten(0, 1), map)
+        total.add_(left.t() @ right)
+        return
+    left, right = left.contiguous(), right.contiguous()
+    if _native(score, left, right) and left.dtype == right.dtype == score.dtype == torch.float32:
+        _core.accumulate_outer_(total, left, right, len(left), map=map)
+        _written(score)
+        return
+    product = left.new_empty(score.shape)
+    for a, b in zip(left, right, strict=True):
+        wide = torch.mm(a.t(), b, out=product).to(torch.float32)
+        if map == "square":
+            total.addcmul_(wide, wide)
+        else:
+            total.add_(mapped(wide, map))
 
 
 # --- bits ------------------------------------------------------------------------------------------

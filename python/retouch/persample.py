@@ -4,8 +4,8 @@ A batch-1 loop pays for small matrix products, for one reading of all weights an
 with each sample. Here a batch goes forward and backward once, without any gradient of a weight. Hooks
 see the input x and the output gradient dy of each module that holds an eligible parameter; a sample's
 gradient follows from its own part of the two, dy_b' x_b for a linear layer, and is added to the score
-in one reused buffer before the next sample's exists: no tensor of [samples, parameters] is allocated,
-except for vectors (biases and norms).
+before the next sample's exists (`ops.accumulate_outer_`): no tensor of [samples, parameters] is
+allocated, except for vectors (biases and norms).
 
 The result is that of the loop up to rounding, so everything that is not known to be a sum over samples
 goes through the loop: see `SampleGradients`.
@@ -206,7 +206,6 @@ class _Sums:
     def __init__(self, sums: dict[str, Tensor], map: str) -> None:
         self._to = sums
         self._map = map
-        self._buffers: dict[Any, Tensor] = {}
         self.seen: set[str] = set()
 
     def one(self, name: str, gradient: Tensor) -> None:
@@ -214,41 +213,16 @@ class _Sums:
 
     def outer(self, name: str, left: Tensor, right: Tensor) -> None:
         self.seen.add(name)
-        total = self._to[name]
-        narrow = left.dtype in _HALVES  # each gradient is rounded to them, as in a loop
-        if not narrow and (self._map == "id" or left.shape[1] == 1):
-            # a sum over samples of products, or of products of one vector each: one large product
-            if self._map != "id":
-                left, right = self._mapped(left), self._mapped(right)
-            total.add_(torch.mm(left.flatten(0, 1).t(), right.flatten(0, 1)))
-            return
-        key = (tuple(total.shape), left.dtype)
-        if key not in self._buffers:
-            self._buffers[key] = left.new_empty(total.shape)
-        buffer = self._buffers[key]
-        for a, b in zip(left, right, strict=True):
-            torch.mm(a.t(), b, out=buffer)
-            self._plus(total, buffer)
+        ops.accumulate_outer_(self._to[name], left, right, name, map=self._map)
 
     def rows(self, name: str, index: Tensor, sample: Tensor, values: Tensor) -> None:
         self.seen.add(name)
         index, _, values = _merged(index, sample, values, self._to[name].shape[0])
-        self._to[name].index_add_(0, index, self._mapped(values).to(torch.float32))
+        self._to[name].index_add_(0, index, ops.mapped(values, self._map).to(torch.float32))
 
     def stack(self, name: str, values: Tensor) -> None:
         self.seen.add(name)
-        self._to[name].add_(self._mapped(values.to(torch.float32)).sum(0))
-
-    def _plus(self, total: Tensor, gradient: Tensor) -> None:
-        # one pass by torch's own threads: between its products another pool would wait for them
-        wide = gradient.to(torch.float32)
-        if self._map == "square":
-            total.addcmul_(wide, wide)
-        else:
-            total.add_(self._mapped(wide))
-
-    def _mapped(self, x: Tensor) -> Tensor:
-        return x if self._map == "id" else x.abs() if self._map == "abs" else x.square()
+        self._to[name].add_(ops.mapped(values.to(torch.float32), self._map).sum(0))
 
 
 class _Norms:

@@ -12,6 +12,7 @@ pub mod lines;
 pub mod lion;
 pub mod lowbit;
 mod marks;
+pub mod outer;
 pub mod pack;
 mod rank;
 pub mod reduce;

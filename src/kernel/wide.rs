@@ -7,6 +7,8 @@
 
 /// Elements that share one word of bits.
 pub(crate) const WORD: usize = 64;
+/// f32 of a line, which is a cache line.
+pub(crate) const LINE: usize = 16;
 
 /// A loop over its own slices. `run`, and whatever it calls in its loop, must be `#[inline(always)]`:
 /// only what is inlined is compiled for the wider instruction set.
@@ -19,6 +21,20 @@ pub(crate) trait Loop {
 
 /// What the compiler does not find by itself.
 pub(crate) trait Isa: Copy {
+    /// Sixteen f32, for loops that keep them in registers.
+    type Line: Copy;
+    /// Whether registers hold some thirty lines, instead of eight at most.
+    fn large(self) -> bool;
+    /// From memory.
+    fn load(self, x: &[f32; LINE]) -> Self::Line;
+    /// To memory.
+    fn store(self, x: Self::Line, to: &mut [f32; LINE]);
+    /// The same number sixteen times.
+    fn splat(self, x: f32) -> Self::Line;
+    /// `a * b + c` with one rounding.
+    fn multiply_add(self, a: Self::Line, b: Self::Line, c: Self::Line) -> Self::Line;
+    /// Magnitudes.
+    fn abs(self, x: Self::Line) -> Self::Line;
     /// Bit i says whether `ranks[i] > bound`.
     fn above(self, ranks: &[u32; WORD], bound: u32) -> u64;
 }
@@ -28,6 +44,36 @@ pub(crate) trait Isa: Copy {
 struct Plain;
 
 impl Isa for Plain {
+    #[inline(always)]
+    fn large(self) -> bool {
+        false
+    }
+
+    type Line = [f32; LINE];
+    #[inline(always)]
+    fn load(self, x: &[f32; LINE]) -> [f32; LINE] {
+        *x
+    }
+    #[inline(always)]
+    fn store(self, x: [f32; LINE], to: &mut [f32; LINE]) {
+        *to = x;
+    }
+    #[inline(always)]
+    fn splat(self, x: f32) -> [f32; LINE] {
+        [x; LINE]
+    }
+    #[inline(always)]
+    fn multiply_add(self, a: [f32; LINE], b: [f32; LINE], mut c: [f32; LINE]) -> [f32; LINE] {
+        for ((a, b), c) in a.into_iter().zip(b).zip(&mut c) {
+            *c = a.mul_add(b, *c);
+        }
+        c
+    }
+    #[inline(always)]
+    fn abs(self, x: [f32; LINE]) -> [f32; LINE] {
+        x.map(f32::abs)
+    }
+
     #[inline(always)]
     fn above(self, ranks: &[u32; WORD], bound: u32) -> u64 {
         ranks.iter().enumerate().fold(0, |bits, (j, r)| bits | u64::from(*r > bound) << j)
@@ -54,7 +100,7 @@ fn allowed(level: u8) -> bool {
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::{Isa, Loop, Plain, WORD};
+    use super::{Isa, LINE, Loop, Plain, WORD};
     use std::arch::x86_64::*;
 
     /// A processor with AVX2 and what comes with it. Only `wide` makes one, after it has looked.
@@ -103,6 +149,43 @@ mod x86 {
 
     impl Isa for V3 {
         #[inline(always)]
+        fn large(self) -> bool {
+            false
+        }
+
+        type Line = [__m256; 2];
+        #[inline(always)]
+        fn load(self, x: &[f32; LINE]) -> [__m256; 2] {
+            let x = x.as_ptr();
+            // SAFETY: a `V3` exists only where AVX2 does; both halves are inside of the line.
+            unsafe { [_mm256_loadu_ps(x), _mm256_loadu_ps(x.add(8))] }
+        }
+        #[inline(always)]
+        fn store(self, x: [__m256; 2], to: &mut [f32; LINE]) {
+            let to = to.as_mut_ptr();
+            // SAFETY: as in `load`.
+            unsafe {
+                _mm256_storeu_ps(to, x[0]);
+                _mm256_storeu_ps(to.add(8), x[1]);
+            }
+        }
+        #[inline(always)]
+        fn splat(self, x: f32) -> [__m256; 2] {
+            // SAFETY: a `V3` exists only where AVX2 does.
+            unsafe { [_mm256_set1_ps(x); 2] }
+        }
+        #[inline(always)]
+        fn multiply_add(self, a: [__m256; 2], b: [__m256; 2], c: [__m256; 2]) -> [__m256; 2] {
+            // SAFETY: a `V3` exists only where FMA does.
+            unsafe { [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])] }
+        }
+        #[inline(always)]
+        fn abs(self, x: [__m256; 2]) -> [__m256; 2] {
+            // SAFETY: a `V3` exists only where AVX2 does.
+            x.map(|x| unsafe { _mm256_andnot_ps(_mm256_set1_ps(-0.0), x) })
+        }
+
+        #[inline(always)]
         fn above(self, ranks: &[u32; WORD], bound: u32) -> u64 {
             #[inline]
             #[target_feature(enable = "avx2")]
@@ -125,6 +208,38 @@ mod x86 {
     }
 
     impl Isa for V4 {
+        #[inline(always)]
+        fn large(self) -> bool {
+            true
+        }
+
+        type Line = __m512;
+        #[inline(always)]
+        fn load(self, x: &[f32; LINE]) -> __m512 {
+            // SAFETY: a `V4` exists only where AVX-512 does; a line is 64 bytes.
+            unsafe { _mm512_loadu_ps(x.as_ptr()) }
+        }
+        #[inline(always)]
+        fn store(self, x: __m512, to: &mut [f32; LINE]) {
+            // SAFETY: as in `load`.
+            unsafe { _mm512_storeu_ps(to.as_mut_ptr(), x) }
+        }
+        #[inline(always)]
+        fn splat(self, x: f32) -> __m512 {
+            // SAFETY: a `V4` exists only where AVX-512 does.
+            unsafe { _mm512_set1_ps(x) }
+        }
+        #[inline(always)]
+        fn multiply_add(self, a: __m512, b: __m512, c: __m512) -> __m512 {
+            // SAFETY: as in `splat`.
+            unsafe { _mm512_fmadd_ps(a, b, c) }
+        }
+        #[inline(always)]
+        fn abs(self, x: __m512) -> __m512 {
+            // SAFETY: as in `splat`.
+            unsafe { _mm512_abs_ps(x) }
+        }
+
         #[inline(always)]
         fn above(self, ranks: &[u32; WORD], bound: u32) -> u64 {
             #[inline]
@@ -150,6 +265,7 @@ mod tests {
     use crate::kernel::adamw::{self, AdamW, Clock, Closed};
     use crate::kernel::gather::{gather, scatter};
     use crate::kernel::lion::{self, Lion};
+    use crate::kernel::outer::{Samples, accumulate_outer};
     use crate::kernel::reduce::{Map, accumulate};
     use crate::kernel::rng::uniform;
     use crate::kernel::select::{Order, threshold, topk, topk_rows};
@@ -207,6 +323,17 @@ mod tests {
         wide.iter().map(|x| x.bits()).chain(weight.iter().map(|x| x.bits())).collect()
     }
 
+    fn outer(x: &[f32]) -> Vec<u32> {
+        let (samples, tokens, rows, columns) = (5, 7, 23, 81);
+        let (left, right) = (&x[..35 * rows], &x[35 * rows..][..35 * columns]);
+        let factors = Samples { left, right, samples, tokens, rows, columns };
+        let mut total = x[..rows * columns].to_vec();
+        for map in [Map::Id, Map::Abs, Map::Square] {
+            accumulate_outer(2, &mut total, &factors, map).unwrap();
+        }
+        total.iter().map(|x| x.to_bits()).collect()
+    }
+
     #[test]
     fn every_instruction_set_gives_the_same_bits() {
         let run = |level| {
@@ -214,7 +341,10 @@ mod tests {
             let mut x = vec![0.0; 1503 * 100];
             uniform(2, 1, 2, &mut x);
             let selected = [select::<f32>(&x), select::<f16>(&x), select::<bf16>(&x)];
-            (selected, [step::<f32>(&x), step::<f16>(&x), step::<bf16>(&x)])
+            x.iter_mut().for_each(|x| *x -= 0.5);
+            let outer = outer(&x);
+            x.iter_mut().for_each(|x| *x += 0.5);
+            (selected, outer, [step::<f32>(&x), step::<f16>(&x), step::<bf16>(&x)])
         };
         let best = run(4);
         assert!(best == run(3), "AVX2");

@@ -1,8 +1,9 @@
 //! Moving values: gather, scatter, sampled products and score accumulation.
 use super::threads;
 use crate::bridge::{Tensor, disjoint};
-use crate::error::Error;
+use crate::error::{Error, Result};
 use crate::kernel::gather;
+use crate::kernel::outer::{Samples, accumulate_outer};
 use crate::kernel::reduce::{self, Map};
 use crate::kernel::sampled::{Product, selected_entries};
 use crate::view::{View, ViewMut};
@@ -16,6 +17,7 @@ pub(super) fn add(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(put_, m)?)?;
     m.add_function(wrap_pyfunction!(selected_, m)?)?;
     m.add_function(wrap_pyfunction!(accumulate_, m)?)?;
+    m.add_function(wrap_pyfunction!(accumulate_outer_, m)?)?;
     Ok(())
 }
 
@@ -147,6 +149,19 @@ fn selected_(
     Ok(())
 }
 
+/// What happens to a value before it is added.
+fn read_map(map: &str) -> Result<Map> {
+    match map {
+        "id" => Ok(Map::Id),
+        "abs" => Ok(Map::Abs),
+        "square" => Ok(Map::Square),
+        other => {
+            let (rule, got) = ("one of id, abs, square".to_string(), other.to_string());
+            Err(Error::Value { name: "map".to_string(), rule, got })
+        }
+    }
+}
+
 /// `score += weight * map(value)` with `map` one of id, abs, square.
 #[pyfunction]
 #[pyo3(signature = (score, value, name, *, map="id", weight=1.0))]
@@ -158,20 +173,36 @@ fn accumulate_(
     map: &str,
     weight: f32,
 ) -> PyResult<()> {
-    let map = match map {
-        "id" => Map::Id,
-        "abs" => Map::Abs,
-        "square" => Map::Square,
-        other => {
-            let (rule, got) = ("one of id, abs, square".to_string(), other.to_string());
-            return Err(Error::Value { name: "map".to_string(), rule, got }.into());
-        }
-    };
+    let map = read_map(map)?;
     disjoint(&[("score", &score)], &[(&name, &value)])?;
     let threads = threads(py)?;
     let (score, value) = (score.f32_mut("score")?, value.view(&name)?);
     with_elements!(View, value, x => {
         py.allow_threads(|| reduce::accumulate(threads, score, x, map, weight))
     })?;
+    Ok(())
+}
+
+/// `score += sum of map(leftᵀ · right)` over samples: `left` [samples, tokens, rows], `right` [samples,
+/// tokens, columns], `score` [rows, columns], all float32.
+#[pyfunction]
+#[pyo3(signature = (score, left, right, samples, *, map="id"))]
+fn accumulate_outer_(
+    py: Python<'_>,
+    mut score: Tensor,
+    left: Tensor,
+    right: Tensor,
+    samples: usize,
+    map: &str,
+) -> PyResult<()> {
+    let map = read_map(map)?;
+    disjoint(&[("score", &score)], &[("left", &left), ("right", &right)])?;
+    let threads = threads(py)?;
+    let (rows, columns) = (left.row(), right.row());
+    let (left, right) = (left.f32("left")?, right.f32("right")?);
+    let tokens = left.len().checked_div(samples.saturating_mul(rows)).unwrap_or(0);
+    let factors = Samples { left, right, samples, tokens, rows, columns };
+    let score = score.f32_mut("score")?;
+    py.allow_threads(|| accumulate_outer(threads, score, &factors, map))?;
     Ok(())
 }

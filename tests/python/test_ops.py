@@ -1,6 +1,8 @@
 """Every operation twice: the Rust kernel and the libtorch ops must give the same result."""
 
+import contextlib
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -155,6 +157,101 @@ def test_accumulate(dtype, map_):
     torch.testing.assert_close(native, plain, rtol=1e-6, atol=1e-7)
     wide = {"id": value.float(), "abs": value.float().abs(), "square": value.float() ** 2}[map_]
     torch.testing.assert_close(native, start + 0.5 * wide, rtol=1e-6, atol=1e-7)
+
+
+FACTORS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", FACTORS)
+@pytest.mark.parametrize("map_", ["id", "abs", "square"])
+@pytest.mark.parametrize("tokens", [0, 1, 2, 17])
+def test_accumulate_outer(dtype, map_, tokens):
+    left, right = torch.randn(5, tokens, 13).to(dtype), torch.randn(5, tokens, 37).to(dtype)
+    start = torch.randn(13, 37)
+
+    def run():
+        score = start.clone()
+        ops.accumulate_outer_(score, left, right, "w", map=map_)
+        return score
+
+    native, plain = both(run)
+    products = left.double().transpose(1, 2) @ right.double()
+    products = products.to(dtype).double()  # each alone is what a gradient of this dtype would be
+    mapped = {"id": products, "abs": products.abs(), "square": products**2}[map_]
+    want = (start.double() + mapped.sum(0)).float()
+    # one unit of 16 bits where the rounding falls on the other side
+    rtol = {torch.bfloat16: 8e-3, torch.float16: 1e-3}.get(dtype, 1e-5)
+    atol = rtol * max(1.0, float(mapped.abs().amax()))
+    torch.testing.assert_close(native, want, rtol=rtol, atol=atol)
+    torch.testing.assert_close(plain, want, rtol=rtol, atol=atol)
+
+
+def test_accumulate_outer_in_rust_has_one_order_of_sums():
+    left, right = torch.randn(12, 20, 150), torch.randn(12, 20, 70)
+    threads = torch.get_num_threads()
+
+    def run(*cuts):
+        score = torch.zeros(150, 70)
+        for a, b in zip(left.tensor_split(cuts), right.tensor_split(cuts), strict=True):
+            ops.accumulate_outer_(score, a, b, "w", map="square")
+        return score
+
+    with mock.patch.object(
+        ops._core, "accumulate_outer_", wraps=ops._core.accumulate_outer_
+    ) as kernel:
+        want = run()
+        turned = left.transpose(1, 2).contiguous().transpose(1, 2), right[:, :, None].squeeze(2)
+        strided = torch.zeros(150, 70)
+        ops.accumulate_outer_(strided, *turned, "w", map="square")
+        assert torch.equal(strided, want)
+        try:
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                assert torch.equal(run(), want) and torch.equal(run(5, 6), want)
+        finally:
+            torch.set_num_threads(threads)
+        assert kernel.call_count == 14
+        with ops.force_torch():
+            torch.testing.assert_close(run(), want)
+        assert kernel.call_count == 14
+
+
+@pytest.mark.parametrize("forced", [False, True])
+def test_accumulate_outer_refuses_what_does_not_fit(forced):
+    score, left, right = torch.zeros(3, 4), torch.ones(2, 5, 3), torch.ones(2, 5, 4)
+    with ops.force_torch() if forced else contextlib.nullcontext():
+        for wrong in (
+            (score.t(), left, right),
+            (score, left[0], right[0]),
+            (score, left[:1], right),
+            (score, left, right[:, 1:]),
+            (score, left, right[..., 1:]),
+        ):
+            with pytest.raises(errors.ShapeError, match=r"score of w has shape \(\d, \d\)"):
+                ops.accumulate_outer_(*wrong, "w", map="square")
+        with pytest.raises(errors.HyperparameterError, match="one of id, abs, square, got cube"):
+            ops.accumulate_outer_(score, left, right, "w", map="cube")
+    assert not score.any()
+    before = score._version
+    ops.accumulate_outer_(score, left, right, "w", map="abs")
+    assert score._version > before and torch.equal(score, torch.full((3, 4), 10.0))
+
+
+def test_the_kernel_of_accumulate_outer_checks_what_it_is_given():
+    score, left, right = torch.zeros(3, 4), torch.ones(2, 5, 3), torch.ones(2, 5, 4)
+    kernel = ops._core.accumulate_outer_
+    for samples in (0, 3, 7, 2**64 - 1):
+        with pytest.raises(errors.ShapeError, match="left has 30 elements, expected"):
+            kernel(score, left, right, samples)
+    with pytest.raises(errors.ShapeError, match="score has 11 elements, expected 12"):
+        kernel(torch.zeros(11), left, right, 2)
+    with pytest.raises(errors.ShapeError, match="right has 20 elements, expected 40"):
+        kernel(score, left, right[:1], 2)
+    with pytest.raises(errors.LayoutError, match="right must be a contiguous float32 tensor"):
+        kernel(score, left, right.double(), 2)
+    with pytest.raises(errors.LayoutError, match="score and left share memory"):
+        kernel(left[0, :3], left, torch.ones(2, 5, 3), 2)
+    assert not score.any()
 
 
 def test_writing_is_seen_by_autograd():

@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from retouch import SelectConfig, errors, persample
+from retouch import SelectConfig, errors, ops, persample
 from retouch.batches import single_samples
 from retouch.eligible import candidates
 from retouch.scores import Fisher, GradStat, TrueFisher
@@ -328,6 +328,21 @@ def test_the_model_is_left_as_it_was() -> None:
     }
     assert all(m.training for m in model.modules()) and torch.equal(state, torch.get_rng_state())
     assert not any(m._forward_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("map", ["abs", "square"])
+def test_products_of_samples_go_to_the_kernel_once_for_each_layer_and_batch(map: str) -> None:
+    model, batches = tiny.llama(), [padded(6), padded(4, seed=1)]
+    found = eligible(model, target_modules="all-linear")
+    kernel = ops._core.accumulate_outer_
+    with mock.patch.object(ops._core, "accumulate_outer_", wraps=kernel) as counted:
+        got = GradStat("sample", map)(model, found, batches)
+    assert counted.call_count == 2 * len(found)
+    with ops.force_torch():
+        want = GradStat("sample", map)(model, found, batches)
+    for name in found:
+        atol = 1e-6 * float(want[name].max())
+        torch.testing.assert_close(got[name], want[name], rtol=1e-5, atol=atol)
 
 
 class Largest(TorchDispatchMode):

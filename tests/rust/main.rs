@@ -10,6 +10,7 @@ mod lines;
 mod lowbit;
 mod moving;
 mod numbers;
+mod outer;
 mod random;
 mod sampled;
 mod selecting;
