@@ -5,6 +5,7 @@ torch's own hooks,
 
 * before a step, makes sure that the model is still the one that was wrapped and that every
   gradient is in its compact parameter;
+* after a backward pass, lets gates close that do so while gradients add up (`retouch.running`);
 * after a step (and before each evaluation of a closure), writes the values into the weights;
 * adds the masters, their positions and their base to `optimizer.state_dict()`, and takes them out
   again.
@@ -31,6 +32,7 @@ from retouch.errors import EngineError, FormatError
 from retouch.masks import Selection
 from retouch.migrate import Kept, State, pack_pieces, unpack_pieces
 from retouch.resume import Part, describe, restore, restore_past
+from retouch.running import Running
 from retouch.slots import Slot, same_bits, some
 
 if TYPE_CHECKING:
@@ -73,17 +75,20 @@ class Binding:
         self._held: set[int] = set()  # ids of what the last step found in the groups
         self.measured: dict[str, float] = {}
         self.kept = Kept()
+        self._running = Running(engine, optimizer)
         self._handles: list[RemovableHandle] = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
             optimizer.register_state_dict_post_hook(self._save),
             optimizer.register_load_state_dict_pre_hook(self._load),
+            optimizer.register_load_state_dict_post_hook(lambda _: self._running.listen()),
         ]
         # Schedule-free optimizers change their parameters between training and evaluation.
         self._switches = [n for n in ("train", "eval") if callable(getattr(optimizer, n, None))]
         for name in self._switches:
             setattr(optimizer, name, self._then_write(getattr(optimizer, name)))
         self._adopt_loaded(optimizer)
+        self._running.listen()
 
     @property
     def optimizer(self) -> Optimizer | None:
@@ -141,6 +146,7 @@ class Binding:
 
     def remove(self) -> None:
         """Takes the hooks off; a later step is an error instead of a silent no-op."""
+        self._running.remove()
         for handle in self._handles:
             handle.remove()
         optimizer = self._optimizer()
@@ -172,6 +178,7 @@ class Binding:
         self._engine.check()
         self._engine.check_groups(optimizer)
         self._check_kept(optimizer)
+        self._running.listen()  # groups may have been given other gates
         slots = list(self.slots())
         for slot in slots:
             slot.fused = None

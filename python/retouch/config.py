@@ -226,6 +226,11 @@ class SelectConfig:
             )
         if self.gate is not None:
             object.__setattr__(self, "gate", _gates().parse(_gates().plain(self.gate)))
+            if self.gate.each_backward and self.schedule is not None and self.schedule.now:
+                raise HyperparameterError(
+                    "SelectConfig: a gate that closes after each backward pass has no gradients of "
+                    "selected weights before a schedule with now=True has selected; leave out now"
+                )
 
     def anything_competes(self) -> bool:
         """Whether any parameter could have the state "masked"."""

@@ -2,7 +2,8 @@
 
 Contiguous float32, float16 and bfloat16 tensors on the CPU go without a copy to the Rust kernels of
 `retouch._core`; everything else (other devices, float64, other strides) runs the same operation in
-libtorch ops. This is the only module that chooses, and the only one that calls the tensor kernels.
+libtorch ops. Beside this module only optimizers choose (`retouch.optim`: `steps`, `lowbit`,
+`adafactor`), by the same rule; nothing else calls the tensor kernels.
 
 Index tensors hold ascending, unique flat positions: int32, or int64 for tensors of 2**31 elements or
 more. Values are widened on load, computed in float32 (float64 for float64 weights) and rounded once.

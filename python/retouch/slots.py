@@ -121,6 +121,9 @@ class Slot:
             slot = me()
             if slot is not None:
                 slot.collect()
+                # The value's own hooks hear of its gradient as where autograd itself brings it.
+                for hook in (slot.value._post_accumulate_grad_hooks or {}).values():
+                    hook(slot.value)
 
         self.unwatch()
         self._hook = self.param.register_post_accumulate_grad_hook(hand_over)

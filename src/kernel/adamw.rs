@@ -13,6 +13,7 @@
 //! A gate closes some coordinates for one step; what becomes of their moments is a choice.
 use super::chunk::{CHUNK, Divide, check_len, each};
 use super::gather::{GRAIN, Target};
+use super::lowbit::{Both, Codes};
 use super::wide::{Isa, Loop, wide};
 use crate::error::{Error, Result};
 use crate::num::{Element, Position};
@@ -184,10 +185,42 @@ pub fn step<T: Element, P: Position>(
     v: &mut [f32],
     target: Option<(&str, &mut [T], &[P])>,
 ) -> Result<()> {
+    check_len("exp_avg", m.len(), value.len())?;
+    check_len("exp_avg_sq", v.len(), value.len())?;
+    run(threads, cfg, clock, gate, value, grad, Moments::Wide(m, v), target)
+}
+
+/// One step with moments of 8 bits: they are widened, stepped in f32, and rounded again, block by block.
+#[allow(clippy::too_many_arguments)]
+pub fn step_coded<T: Element, P: Position>(
+    threads: usize,
+    cfg: &AdamW,
+    clock: Clock<'_>,
+    gate: Option<Gate<'_>>,
+    value: &mut [f32],
+    grad: &[f32],
+    m: Codes<'_>,
+    v: Codes<'_>,
+    target: Option<(&str, &mut [T], &[P])>,
+) -> Result<()> {
+    m.check("exp_avg", value.len())?;
+    v.check("exp_avg_sq", value.len())?;
+    run(threads, cfg, clock, gate, value, grad, Moments::Coded(Both(m, v)), target)
+}
+
+#[allow(clippy::too_many_arguments)]
+fn run<T: Element, P: Position>(
+    threads: usize,
+    cfg: &AdamW,
+    clock: Clock<'_>,
+    gate: Option<Gate<'_>>,
+    value: &mut [f32],
+    grad: &[f32],
+    moments: Moments<'_>,
+    target: Option<(&str, &mut [T], &[P])>,
+) -> Result<()> {
     let n = value.len();
     check_len("grad", grad.len(), n)?;
-    check_len("exp_avg", m.len(), n)?;
-    check_len("exp_avg_sq", v.len(), n)?;
     if let Some((open, _)) = gate {
         check_len("gate", open.len(), n)?;
     }
@@ -213,7 +246,7 @@ pub fn step<T: Element, P: Position>(
         }
     };
     let (f, biases) = (Factors::new(cfg), &biases);
-    let state = State { value, grad, m, v, ages, gate, target };
+    let state = State { value, grad, moments, ages, gate, target };
     each(threads, GRAIN, state, |state| wide(Step { f, biases, state }));
     Ok(())
 }
@@ -229,26 +262,17 @@ impl<T: Element, P: Position> Loop for Step<'_, T, P> {
     type Output = ();
     #[inline(always)]
     fn run(self, _: impl Isa) {
-        let (f, mut s) = (self.f, self.state);
-        if let Some((open, closed)) = s.gate {
-            s.gated(f, self.biases, open, closed);
-        } else {
-            for age in s.ages.iter_mut().flat_map(|ages| ages.iter_mut()) {
-                *age += 1;
-            }
-            let rows = s.value.iter_mut().zip(s.grad).zip(&mut *s.m).zip(&mut *s.v);
-            match (self.biases, &s.ages) {
-                (Biases::One(bias), _) => {
-                    for (((x, g), m), v) in rows {
-                        (*x, *m, *v) = f.update(*bias, *x, *g, *m, *v);
-                    }
-                }
-                (biases, ages) => {
-                    for ((((x, g), m), v), age) in rows.zip(ages.iter().flat_map(|a| a.iter())) {
-                        (*x, *m, *v) = f.update(biases.at(*age), *x, *g, *m, *v);
-                    }
-                }
-            }
+        let (f, biases, s) = (self.f, self.biases, self.state);
+        let (value, grad, mut ages) = (&mut *s.value, s.grad, s.ages);
+        match s.moments {
+            Moments::Wide(m, v) => Rows { value, grad, m, v, ages, gate: s.gate }.step(f, biases),
+            Moments::Coded(both) => both.each_block(|at, m, v| {
+                let here = at..at + m.len();
+                let ages = ages.as_deref_mut().map(|ages| &mut ages[here.clone()]);
+                let gate = s.gate.map(|(open, closed)| (&open[here.clone()], closed));
+                let (value, grad) = (&mut value[here.clone()], &grad[here]);
+                Rows { value, grad, m, v, ages, gate }.step(f, biases);
+            }),
         }
         if let Some(mut target) = s.target {
             target.write(s.value, T::from_f32);
@@ -256,17 +280,40 @@ impl<T: Element, P: Position> Loop for Step<'_, T, P> {
     }
 }
 
-struct State<'a, T, P> {
+/// Coordinates with their moments in f32.
+struct Rows<'a> {
     value: &'a mut [f32],
     grad: &'a [f32],
     m: &'a mut [f32],
     v: &'a mut [f32],
     ages: Option<&'a mut [i32]>,
     gate: Option<Gate<'a>>,
-    target: Option<Target<'a, T, P>>,
 }
 
-impl<T, P> State<'_, T, P> {
+impl Rows<'_> {
+    #[inline(always)]
+    fn step(mut self, f: Factors, biases: &Biases) {
+        if let Some((open, closed)) = self.gate {
+            return self.gated(f, biases, open, closed);
+        }
+        for age in self.ages.iter_mut().flat_map(|ages| ages.iter_mut()) {
+            *age += 1;
+        }
+        let rows = self.value.iter_mut().zip(self.grad).zip(self.m).zip(self.v);
+        match (biases, &self.ages) {
+            (Biases::One(bias), _) => {
+                for (((x, g), m), v) in rows {
+                    (*x, *m, *v) = f.update(*bias, *x, *g, *m, *v);
+                }
+            }
+            (biases, ages) => {
+                for ((((x, g), m), v), age) in rows.zip(ages.iter().flat_map(|a| a.iter())) {
+                    (*x, *m, *v) = f.update(biases.at(*age), *x, *g, *m, *v);
+                }
+            }
+        }
+    }
+
     #[inline(always)]
     fn gated(&mut self, f: Factors, biases: &Biases, open: &[u8], closed: Closed) {
         let rows = self.value.iter_mut().zip(self.grad).zip(&mut *self.m).zip(&mut *self.v);
@@ -294,6 +341,21 @@ impl<T, P> State<'_, T, P> {
     }
 }
 
+/// Where the moments are between steps.
+enum Moments<'a> {
+    Wide(&'a mut [f32], &'a mut [f32]),
+    Coded(Both<'a>),
+}
+
+struct State<'a, T, P> {
+    value: &'a mut [f32],
+    grad: &'a [f32],
+    moments: Moments<'a>,
+    ages: Option<&'a mut [i32]>,
+    gate: Option<Gate<'a>>,
+    target: Option<Target<'a, T, P>>,
+}
+
 impl<T: Element, P: Position> Divide for State<'_, T, P> {
     fn len(&self) -> usize {
         self.value.len()
@@ -301,8 +363,16 @@ impl<T: Element, P: Position> Divide for State<'_, T, P> {
     fn divide(self, at: usize) -> (Self, Self) {
         let (x, y) = self.value.split_at_mut(at);
         let (g, h) = self.grad.split_at(at);
-        let (m, n) = self.m.split_at_mut(at);
-        let (v, w) = self.v.split_at_mut(at);
+        let (m, n) = match self.moments {
+            Moments::Wide(m, v) => {
+                let ((m, n), (v, w)) = (m.split_at_mut(at), v.split_at_mut(at));
+                (Moments::Wide(m, v), Moments::Wide(n, w))
+            }
+            Moments::Coded(Both(m, v)) => {
+                let ((m, n), (v, w)) = (m.divide(at), v.divide(at));
+                (Moments::Coded(Both(m, v)), Moments::Coded(Both(n, w)))
+            }
+        };
         let (a, b) = self.ages.map(|a| a.split_at_mut(at)).unzip();
         let (c, d) = self
             .gate
@@ -313,8 +383,8 @@ impl<T: Element, P: Position> Divide for State<'_, T, P> {
             .unzip();
         let (s, t) = self.target.map(|t| t.divide(at)).unzip();
         (
-            State { value: x, grad: g, m, v, ages: a, gate: c, target: s },
-            State { value: y, grad: h, m: n, v: w, ages: b, gate: d, target: t },
+            State { value: x, grad: g, moments: m, ages: a, gate: c, target: s },
+            State { value: y, grad: h, moments: n, ages: b, gate: d, target: t },
         )
     }
 }

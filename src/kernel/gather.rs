@@ -79,7 +79,12 @@ pub fn put<T: Element, P: Position>(
 }
 
 /// `check_index`, in parallel.
-fn check<P: Position>(threads: usize, name: &str, index: &[P], len: usize) -> Result<()> {
+pub(crate) fn check<P: Position>(
+    threads: usize,
+    name: &str,
+    index: &[P],
+    len: usize,
+) -> Result<()> {
     let bad = AtomicBool::new(false);
     each(threads, CHUNK, Ordered { index, next: None }, |w| {
         if !wide(w) {

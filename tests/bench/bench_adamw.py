@@ -6,14 +6,21 @@ Each way starts from a dense gradient. retouch: gather the selected entries (wha
 does) and one fused step that updates the float32 values and writes them into the weights. "mask":
 multiply the gradient by a 0/1 mask, then AdamW(fused=True) over all weights (decay leaks into frozen
 ones). "compact": gather, AdamW(fused=True) over the selected values, scatter.
+
+A second table has steps of 8-bit AdamW and of Adafactor from gathered gradients, with the kernels and in
+operations of torch alone, as another device takes them.
 """
 
 import argparse
+import contextlib
+from typing import Any
 
 import torch
 from harness import interleave, machine, rows, table
 
+import retouch
 from retouch import ops
+from retouch.masks import Mask, Selection
 from retouch.optim import steps
 
 LR, BETAS, EPS, DECAY = 1e-3, (0.9, 0.999), 1e-8, 0.01
@@ -71,6 +78,56 @@ class Compact:
         self.weight.index_copy_(0, self.index, self.value.detach().to(self.weight.dtype))
 
 
+class Wrapped:
+    """A step of an optimizer of this package."""
+
+    def __init__(
+        self, weight: torch.Tensor, grad: torch.Tensor, index: torch.Tensor, native: bool, cls: Any,
+        **options: Any,
+    ) -> None:  # fmt: skip
+        side = int(len(weight) ** 0.5)
+        model = torch.nn.Linear(side, side, bias=False)
+        model.weight.data = weight.clone().view(side, side)
+        mask = Mask({"weight": Selection("elements", (side, side), index)}, model)
+        self.model, self.path = model, contextlib.nullcontext if native else ops.force_torch
+        self.optimizer = retouch.wrap(cls, mask, model, fingerprint=False, lr=LR, **options)
+        (self.value,) = self.optimizer.param_groups[0]["params"]
+        self.grad = ops.gather(grad, index, "w")
+
+    def __call__(self) -> None:
+        self.value.grad = self.grad
+        with self.path():
+            self.optimizer.step()
+
+
+STATES = {
+    "AdamW, 8 bits": (retouch.AdamW, {"state_bits": 8}),
+    "Adafactor": (retouch.Adafactor, {}),
+}
+
+
+def states(n: int, rounds: int) -> None:
+    """The second table, for one square matrix of n weights."""
+    generator = torch.Generator().manual_seed(0)
+    weight, grad = (torch.randn(n, generator=generator) for _ in range(2))
+    order = torch.rand(n, generator=generator)
+    lines = []
+    for density in (0.001, 0.01, 0.05):
+        index = ops.topk([order], ["w"], int(density * n))[0]
+        for name, (cls, options) in STATES.items():
+            ways = {
+                way: Wrapped(weight, grad, index, native, cls, **options)
+                for way, native in (("retouch", True), ("retouch in torch", False))
+            }
+            for run in ways.values():
+                run()
+            ours, other = (run.value.detach() for run in ways.values())
+            torch.testing.assert_close(ours, other, rtol=1e-6, atol=1e-7)
+            times = interleave(ways, rounds)
+            lines += [[name, f"{density:.1%}", *row] for row in rows(times, "retouch")]
+    table(["optimizer", "density", "way", "median ms", "range ms", "time / retouch"], lines)
+
+
 def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -96,6 +153,8 @@ def main() -> None:
             for row in rows(times, "retouch"):
                 lines.append([str(dtype).removeprefix("torch."), f"{density:.1%}", *row])
     table(["dtype", "density", "way", "median ms", "range ms", "time / retouch"], lines)
+    print()
+    states(n, 2 if args.quick else args.rounds)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """What each process of a torchrun does in test_distributed.py: `torchrun ddp_runs.py FOLDER RUN...`."""
 
+import contextlib
+import io
 import json
 import os
 import sys
@@ -10,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from training import llama, mixed_mask, net
+from training import element_mask, llama, mixed_mask, net, positions
 
 import retouch
 from retouch.errors import EngineError
@@ -112,6 +114,119 @@ def moving(collect):
     retouch.verify_untouched(model)
     weights = {n: p.detach() for n, p in model.named_parameters() if not n.startswith("_retouch.")}
     return {"weights": weights, "masks": masks}
+
+
+class Exact(nn.Module):
+    """Its gradients are small integers by a power of two, so that no sum of them is ever rounded."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide = nn.Linear(64, 80)
+        self.rows = nn.Linear(64, 9, bias=False)
+        self.columns = nn.Linear(64, 5)
+
+    def forward(self, x):
+        layers = (self.wide, self.rows, self.columns)
+        outs = [layer(x) for layer in layers]
+        signs = [torch.arange(out.shape[1]).remainder(3).sub(1).to(out.dtype) for out in outs]
+        return sum(
+            (out.float() * sign.float()).sum(1) for out, sign in zip(outs, signs, strict=True)
+        )
+
+
+def exact_mask(model, seed=0):
+    """Elements (enough for moments of 8 bits), rows, columns and a whole vector."""
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters() if "_retouch" not in n}
+    return Mask({
+        "wide.weight": Selection("elements", (80, 64), positions(5120, 4200, seed)),
+        "wide.bias": Selection("all", shapes["wide.bias"]),
+        "rows.weight": Selection("rows", (9, 64), positions(9, 4, seed + 1)),
+        "columns.weight": Selection("columns", (5, 64), positions(64, 20, seed + 2)),
+    }, model)  # fmt: skip
+
+
+ROUNDED = {
+    "AdamW": (retouch.AdamW, {"lr": 1e-2, "weight_decay": 0.1}),
+    "AdamW8": (retouch.AdamW, {"lr": 1e-2, "weight_decay": 0.1, "state_bits": 8}),
+    "SGD": (retouch.SGD, {"lr": 0.1, "momentum": 0.9}),
+    "Lion": (retouch.Lion, {"lr": 1e-3, "weight_decay": 0.1}),
+    "Adafactor": (retouch.Adafactor, {"lr": 0.05}),
+}
+
+
+def rounded(way, name, kind="exact"):
+    """bfloat16 weights, two micro-batches in a step, a mask that moves; resumed in between."""
+    cls, options = ROUNDED[name]
+    masks = exact_mask if kind == "exact" else element_mask
+
+    def start():
+        torch.manual_seed(0)
+        model = Exact().to(torch.bfloat16) if kind == "exact" else net(torch.bfloat16)
+        optimizer = retouch.wrap(cls, masks(model), model, rounding=way, **options)
+        return model, optimizer, DistributedDataParallel(model) if dist.is_initialized() else model
+
+    def go(run, steps):
+        model, optimizer, forward = run
+        for step in steps:
+            if step == 3:
+                retouch.get_engine(model).move(masks(model, seed=5))
+            for i in range(2):
+                x = rows(step, i)
+                if kind == "exact":
+                    generator = torch.Generator().manual_seed(100 * step + i)
+                    x = torch.randint(-3, 4, (ROWS, 64), generator=generator).to(torch.bfloat16)
+                free = contextlib.nullcontext()
+                if dist.is_initialized() and i == 0:
+                    free = forward.no_sync()
+                with free:
+                    out = forward(share(x))
+                    loss = out.mean() if kind == "exact" else loss_of(out)
+                    (loss / 2).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def weights(model):
+        named = model.named_parameters()
+        return {n: p.detach() for n, p in named if not n.startswith("_retouch.")}
+
+    whole, again = start(), start()
+    start_weights = {n: w.clone() for n, w in weights(whole[0]).items()}
+    go(whole, range(2))
+    file = io.BytesIO()
+    torch.save((whole[0].state_dict(), whole[1].state_dict()), file)
+    saved = [file.getvalue()]
+    if dist.is_initialized():
+        dist.broadcast_object_list(saved, 0)  # the state of the first process is that of all
+    go(whole, range(2, 5))
+    state, options = torch.load(io.BytesIO(saved[0]), weights_only=True)
+    again[0].load_state_dict(state)
+    again[1].load_state_dict(options)
+    go(again, range(2, 5))
+    retouch.verify_untouched(whole[0])
+    slots = retouch.get_engine(whole[0]).slots.values()
+    state = {f"{s.name} {k}": t for s in slots for k, t in whole[1].state[s.value].items()}
+    values = {s.name: s.value.detach() for s in slots}
+    return {"start": start_weights, "weights": weights(whole[0]), "resumed": weights(again[0]),
+            "state": state, "values": values}  # fmt: skip
+
+
+def micro_gate():
+    """Gradients that are masked after every micro-batch: by each process alone, then together."""
+    model = net()
+    gate = retouch.optim.gates.TopK(0.3, per="backward", policy="P0", leaky=True)
+    optimizer = retouch.wrap(retouch.AdamW, element_mask(model), model, lr=1e-2, gate=gate)
+    forward = DistributedDataParallel(model)
+    slots, counts = retouch.get_engine(model).slots.values(), []
+    for step in range(3):
+        for i in range(2):
+            with forward.no_sync() if i == 0 else contextlib.nullcontext():
+                (loss_of(forward(share(rows(step, i)))) / 2).backward()
+            counts.append({s.name: int(torch.count_nonzero(s.value.grad)) for s in slots})
+        optimizer.step()
+        optimizer.zero_grad()
+    named = model.named_parameters()
+    return {"weights": {n: p.detach() for n, p in named if not n.startswith("_retouch.")},
+            "counts": counts, "selected": {s.name: s.selection.count for s in slots}}  # fmt: skip
 
 
 def collected_unused():
@@ -291,6 +406,7 @@ def main():
         "moving": lambda: moving(collect=True),
         "moving-random": lambda: moving(collect=False),
         "moving-unused": collected_unused,
+        "micro-gate": micro_gate,
         "refusals": refusals,
         "shared": shared_mask,
         "trainer-sampled": lambda: trainer(folder, "sampled"),
@@ -299,6 +415,10 @@ def main():
             folder, "sampled", str(folder / "sampled-2" / "checkpoint-2")
         ),
     }
+    for way in ("master", "stochastic", "kahan"):
+        for name in ROUNDED:
+            for kind in ("exact", "net"):
+                runs[f"{way}-{name}-{kind}"] = lambda a=way, b=name, c=kind: rounded(a, b, c)
     rank = os.environ.get("RANK", "0")
     for name in names:
         if dist.is_initialized():

@@ -12,8 +12,10 @@ from training import assert_same
 HERE = Path(__file__).parent
 RUNS = [
     "sampled", "dense", "accumulated", "accumulated-dense", "llama", "static", "unused",
-    "refusals", "shared", "moving", "moving-random", "moving-unused",
+    "refusals", "shared", "moving", "moving-random", "moving-unused", "micro-gate",
 ]  # fmt: skip
+WAYS = ["master", "stochastic", "kahan"]
+ROUNDED = ["AdamW", "AdamW8", "SGD", "Lion", "Adafactor"]
 TRAINER = ["trainer-sampled", "trainer-dense"]
 ALONE = ["sampled", "dense", "accumulated", "accumulated-dense", "llama"]
 
@@ -91,6 +93,54 @@ def test_gradients_of_layers_that_one_process_uses_are_collected(two):
     assert first["masks"].keys() == {"experts.0.weight", "experts.1.weight"}
     for n, mask in first["masks"].items():
         assert torch.equal(mask, second["masks"][n]) and mask.numel() == 2
+
+
+@pytest.fixture(scope="module")
+def rounded(folder):
+    """Runs of 16-bit weights by way, optimizer and model, of both processes."""
+    names = [
+        f"{way}-{name}-{kind}" for way in WAYS for name in ROUNDED for kind in ("exact", "net")
+    ]
+    launch(folder, names, 2)
+    return {name: [torch.load(folder / f"{name}-{rank}.pt") for rank in (0, 1)] for name in names}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ROUNDED)
+@pytest.mark.parametrize("kind", ["exact", "net"])
+def test_rounding_is_alike_in_all_processes_and_resumes(way, name, kind, rounded):
+    first, second = rounded[f"{way}-{name}-{kind}"]
+    for what in ("weights", "resumed", "state", "values"):
+        assert_same(first[what], second[what])
+    assert_same(first["weights"], first["resumed"])
+    moved = [not torch.equal(w, first["start"][n]) for n, w in first["weights"].items()]
+    assert sum(moved) >= 4
+    narrow = {v.dtype for v in first["values"].values()}
+    assert narrow == {torch.float32 if way == "master" else torch.bfloat16}
+    assert any("kahan_comp" in key for key in first["state"]) == (way == "kahan")
+    assert any("_codes" in key for key in first["state"]) == (name == "AdamW8" and kind == "exact")
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ROUNDED)
+def test_rounding_in_two_processes_is_that_of_one(way, name, rounded):
+    """Bit for bit, where no sum of gradients is rounded: draws know neither rank nor world size."""
+    import ddp_runs
+
+    alone = ddp_runs.rounded(way, name)
+    first, _ = rounded[f"{way}-{name}-exact"]
+    for what in ("weights", "state", "values"):
+        assert_same(first[what], alone[what])
+
+
+def test_gates_after_micro_batches_are_alike_in_all_processes(two):
+    first, second = two["micro-gate"]
+    assert_same(first["weights"], second["weights"])
+    selected = first["selected"]
+    for i, counts in enumerate(first["counts"]):
+        assert i % 2 == 0 or counts == second["counts"][i]
+        for n, count in counts.items():
+            assert 0 < count <= max(1, int(0.3 * selected[n]))
 
 
 def test_a_static_graph_is_no_other_run(two):

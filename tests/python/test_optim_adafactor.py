@@ -1,6 +1,8 @@
 """Adafactor over selected entries: torch's on whole tensors, rows and columns; means that a mask keeps."""
 
+import contextlib
 import io
+import math
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from training import (
 )
 
 import retouch
+from retouch import _core, ops
 from retouch.engine import get_engine, wrap
 from retouch.errors import HyperparameterError
 from retouch.masks import Mask, Selection
@@ -380,6 +383,54 @@ def test_the_number_of_threads_changes_nothing(kind):
     finally:
         torch.set_num_threads(before)
     assert torch.equal(*found)
+
+
+@dtypes
+@pytest.mark.parametrize("shape", [(40, 30), (2, 30, 40), (3, 2, 16, 17), (300, 2000)], ids=str)
+def test_rust_and_torch_give_the_same_bits(shape, dtype, monkeypatch):
+    """Steps, factors and what a move of the mask makes of them, where lines have gaps or nothing."""
+    numel, width = math.prod(shape), shape[-1]
+    used = []
+    for name in ("line_means_", "line_estimate_"):
+        plain = getattr(_core, name)
+        monkeypatch.setattr(
+            _core, name, lambda *a, plain=plain, name=name: (used.append(name), plain(*a))
+        )
+
+    def chosen(density, seed):
+        index = positions(numel, int(density * numel), seed)
+        return index[(index % width != 3) & (index // width != 5)]  # a column and a row of none
+
+    found = []
+    for path in (contextlib.nullcontext, ops.force_torch):
+        with path():
+            weight = fresh(*shape, dtype=torch.float32).to(dtype)
+            model, optimizer = masked(weight, "elements", chosen(0.4, 1), lr=0.1, weight_decay=0.01)
+            for t in range(6):
+                if t == 3:
+                    where = Selection("elements", shape, chosen(0.3, 2))
+                    get_engine(model).move(Mask({"weight": where}, model))
+                scale = torch.logspace(-4, 2, width)
+                step(model, optimizer, fresh(*shape, seed=t) * scale * (t != 1))
+        (state,) = optimizer.state.values()
+        assert state["row_var"].shape == (*shape[:-1], 1)
+        found.append({**state, "weight": model.weight.detach()})
+        assert {"line_means_", "line_estimate_"} == set(used)
+        used[:] = ["line_means_", "line_estimate_"] if len(found) == 1 else used
+    assert len(used) == 2  # torch alone used none of them
+    assert_same(*found)
+
+
+def test_a_gradient_that_is_not_a_number_is_alike_on_both_paths():
+    found = []
+    for path in (contextlib.nullcontext, ops.force_torch):
+        with path():
+            model, optimizer = masked(fresh(30, 40), "elements", range(0, 1200, 2))
+            grad = fresh(30, 40, seed=1)
+            grad[4, 6] = float("nan")
+            step(model, optimizer, grad)
+        found.append(model.weight.detach().isnan())
+    assert torch.equal(*found) and found[0].any()
 
 
 def test_what_is_refused():

@@ -330,6 +330,8 @@ def test_a_gate_of_one_group_and_maximize():
         lambda: TopK(0.5, policy="P4"),
         lambda: TopK(0.5, policy="P0"),
         lambda: TopK(0.5, policy="P2", leaky=True),
+        lambda: TopK(0.5, per="micro"),
+        lambda: TopK(0.5, per="backward"),
         lambda: Percentile(1.0),
         lambda: Bernoulli(0.0),
         lambda: Bernoulli(0.5, policy="P2"),

@@ -1,5 +1,6 @@
 """AdamW with moments of 8 bits in blocks of 256."""
 
+import contextlib
 import io
 
 import pytest
@@ -8,11 +9,12 @@ from torch import nn
 from training import assert_frozen, assert_same, bits, positions, snapshot
 
 import retouch
+from retouch import ops
 from retouch.engine import get_engine, wrap
-from retouch.errors import HyperparameterError
+from retouch.errors import HyperparameterError, LayoutError, ShapeError
 from retouch.masks import Mask, Selection
-from retouch.optim import gates
-from retouch.optim.lowbit import BLOCK, dequantise, levels, nearest, quantise
+from retouch.optim import gates, steps
+from retouch.optim.lowbit import BLOCK, dequantise, expand, levels, nearest, quantise
 
 DTYPES = [torch.float32, torch.bfloat16]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -90,6 +92,102 @@ def test_nan_and_infinity_are_not_hidden():
     back = dequantise(*quantise(x, signed=True), signed=True)
     assert back[:BLOCK].isnan().all() and not back[BLOCK : BLOCK + 1].isfinite().any()
     assert torch.equal(back[2 * BLOCK :], x[2 * BLOCK :])
+
+
+# --- both paths ---------------------------------------------------------------------------------
+
+SIZES = [1, BLOCK - 1, BLOCK, 3 * BLOCK + 7, 70_001]
+
+
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("signed", [True, False])
+def test_rust_and_torch_give_the_same_codes(n, signed):
+    x = fresh(n) * torch.logspace(-9, 0, n)
+    x = x if signed else x.square()
+    x[: n // 3] = 0
+    ours = quantise(x, signed)
+    with ops.force_torch():
+        theirs = quantise(x, signed)
+        wide = dequantise(*theirs, signed)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+    assert torch.equal(bits(dequantise(*ours, signed)), bits(wide))
+
+
+def codes_of(m, v):
+    first, second = quantise(m, True), quantise(v, False)
+    return {"exp_avg_codes": first[0], "exp_avg_scale": first[1],
+            "exp_avg_sq_codes": second[0], "exp_avg_sq_scale": second[1]}  # fmt: skip
+
+
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("clocks", [False, True], ids=["shared", "each"])
+@dtypes
+def test_one_pass_is_to_widen_to_step_and_to_round(n, clocks, dtype):
+    """Bit for bit with the kernels one by one; in torch but for its square root in the values."""
+    options = {"lr": 0.01, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
+    index = positions(2 * n, n, 0)
+    found = {}
+    for way in ("one pass", "kernels", "torch"):
+        value, grad = fresh(n), fresh(n, seed=1) * torch.logspace(-6, 0, n)
+        target, state = (
+            torch.zeros(2 * n, dtype=dtype),
+            codes_of(fresh(n, seed=2), fresh(n).square()),
+        )
+        step = torch.arange(n, dtype=torch.int32) % 3 if clocks else 3
+        if way == "kernels":
+            wide = expand(state, torch.float32)
+            steps.adamw_(value, grad, wide["exp_avg"], wide["exp_avg_sq"], target, index, "w",
+                         step=step, **options)  # fmt: skip
+            state = codes_of(wide["exp_avg"], wide["exp_avg_sq"])
+        else:
+            with ops.force_torch() if way == "torch" else contextlib.nullcontext():
+                steps.adamw_coded_(value, grad, state, target, index, "w", step=step, **options)
+        found[way] = (value, target, state, step)
+    value, target, state, step = found["one pass"]
+    assert torch.equal(bits(target), bits(found["kernels"][1]))
+    assert torch.equal(bits(value), bits(found["kernels"][0]))
+    torch.testing.assert_close(value, found["torch"][0], rtol=1e-6, atol=1e-6)
+    for other in ("kernels", "torch"):
+        assert_same(state, found[other][2])
+        assert not clocks or torch.equal(step, found[other][3])
+    assert clocks is isinstance(step, torch.Tensor) and target.count_nonzero() == n
+
+
+def test_the_state_is_the_same_in_torch_and_in_two_threads():
+    found = []
+    for threads, path in ((1, contextlib.nullcontext), (2, contextlib.nullcontext),
+                          (1, ops.force_torch)):  # fmt: skip
+        p = nn.Parameter(fresh(70_001).clone())
+        optimizer = retouch.AdamW([p], state_bits=8, lr=0.01)
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            with path():
+                for t in range(5):
+                    p.grad = fresh(70_001, seed=t)
+                    optimizer.step()
+        finally:
+            torch.set_num_threads(before)
+        state = {k: x for k, x in optimizer.state[p].items() if k != "step"}
+        assert state.keys() == codes_of(fresh(1), fresh(1)).keys()
+        found.append((state, p.detach()))
+    for state, value in found[1:]:
+        assert_same(found[0][0], state)
+        torch.testing.assert_close(value, found[0][1], rtol=1e-6, atol=1e-8)
+    assert torch.equal(bits(found[0][1]), bits(found[1][1]))
+
+
+def test_what_does_not_fit_is_refused():
+    n = 300
+    state, options = codes_of(fresh(n), fresh(n).square()), {"lr": 0.1, "beta1": 0.9, "beta2": 0.9,
+                                                             "eps": 1e-8, "weight_decay": 0.0}  # fmt: skip
+    with pytest.raises(LayoutError, match="clock of w"):
+        steps.adamw_coded_(fresh(n), fresh(n), state, None, None, "w",
+                           step=torch.zeros(2, dtype=torch.int32), **options)  # fmt: skip
+    state["exp_avg_scale"] = torch.ones(1)
+    with pytest.raises(ShapeError, match="exp_avg scale"):
+        steps.adamw_coded_(fresh(n), fresh(n), state, None, None, "w", step=1, **options)
 
 
 # --- training -----------------------------------------------------------------------------------

@@ -111,6 +111,7 @@ BUDGETS = {
     "cautious": (ALL, {}),
     "child-tuning-f": (ALL, {}),
     "gmt-gate": (2 * 7680, {}),
+    "gmt-micro": (2 * 7680, {}),
     "l2-sp": (ALL, {}),
     "magma": (ALL, {}),
     "mos": (ALL, {}),

@@ -6,6 +6,8 @@ mod blending;
 mod changing;
 mod files;
 mod hostile;
+mod lines;
+mod lowbit;
 mod moving;
 mod numbers;
 mod outer;

@@ -1,14 +1,22 @@
-"""Adafactor whose factored second moments are those of the selected entries."""
+"""Adafactor whose factored second moments are those of the selected entries.
 
+As in `retouch.ops`, float32 values of single elements on the CPU go to Rust kernels, which give what the
+operations in torch give, bit for bit.
+"""
+
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from retouch import _core
 from retouch.errors import HyperparameterError
+from retouch.ops import _native
 from retouch.optim.base import At, Decay, Fused, at_least_zero
 from retouch.optim.rounding import Rounding
 from retouch.selection import Selection
@@ -106,17 +114,17 @@ class Adafactor(Fused):
         grad = (-grad if group["maximize"] else grad).to(x.dtype)
         eps1 = torch.finfo(x.dtype).eps if group["eps"][0] is None else group["eps"][0]
         if factors is None:
-            estimate = _take_in(grad, state, group["beta2_decay"]).clone()
+            update = _by_root(_take_in(grad, state, group["beta2_decay"]).clone(), grad, eps1)
         elif factors.has_new_lines(state):
             # They have no second moment but this square, and both factors must hear of it at once.
             wide = factors.spread(state, x)
             variance = _take_in(grad.view(wide["variance"].shape), wide, group["beta2_decay"])
             state.update(factors.fit(variance, wide["step"]))
-            estimate = factors.estimate(state, eps1)
+            update = factors.update(grad, state, eps1)
         else:
             state["step"] += 1
             factors.take_in(grad, state, group["beta2_decay"])
-            estimate = factors.estimate(state, eps1)
+            update = factors.update(grad, state, eps1)
         step = float(state["step"].max()) if state["step"].numel() else 1.0
         alpha = min(at.lr, 1 / step**0.5) if group["relative_step"] else at.lr
         if group["scale_parameter"]:
@@ -124,8 +132,6 @@ class Adafactor(Fused):
         weight_decay = at.pull_(x, group)
         if weight_decay != 0:
             x.mul_(1 - at.lr * weight_decay)
-        update = estimate.view(x.shape).clamp_(min=eps1 * eps1).rsqrt_()
-        update.mul_(grad)
         denominator = max(1.0, update.norm(2).item() / (max(update.numel(), 1) ** 0.5 * group["d"]))
         x.add_(update, alpha=-alpha / denominator)
 
@@ -154,7 +160,7 @@ def factors_of(value: Tensor, selection: Selection | None) -> "_Grid | _Scattere
     if selection.count == selection.numel:
         return _Grid(shape)
     lines = selection.numel // max(shape[-1], 1) + selection.numel // max(shape[-2], 1)
-    return _Scattered.of(selection, value.device) if selection.count > lines else None
+    return _Scattered(selection, value.device) if selection.count > lines else None
 
 
 class _Factors(ABC):
@@ -167,6 +173,10 @@ class _Factors(ABC):
     @abstractmethod
     def each(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         """What rows and columns have, for each coordinate."""
+
+    def update(self, grad: Tensor, state: State, eps: float) -> Tensor:
+        """A gradient, in its shape, by the root of its second moment."""
+        return _by_root(self.estimate(state, eps), grad, eps)
 
     def spread(self, state: State, like: Tensor) -> State:
         """Second moment and age of each coordinate, in the shape of `like`."""
@@ -242,53 +252,75 @@ class _Grid(_Factors):
         return fitted
 
 
-@dataclass
 class _Scattered(_Factors):
     """Factors of single elements of a tensor; rows and columns without any stay at 0.
 
-    Attributes:
-        row: Where the row of each element stands in `row_var`, int64 [k].
-        column: Where its column stands in `col_var`.
-        rows: Of shape [..., m, 1], how many elements each row has.
-        columns: Of shape [..., 1, n].
+    Args:
+        selection: Of elements.
+        device: Of their values.
     """
 
-    row: Tensor
-    column: Tensor
-    rows: Tensor
-    columns: Tensor
+    def __init__(self, selection: Selection, device: torch.device) -> None:
+        self._selection = selection
+        self._device = device
+        *self._batch, self._height, self._width = selection.shape
+
+    @cached_property
+    def row(self) -> Tensor:
+        """Where the row of each element stands in `row_var`, int64 [k]."""
+        flat = self._selection.positions(self._device, torch.int64)
+        return flat.div(self._width, rounding_mode="floor")
+
+    @cached_property
+    def column(self) -> Tensor:
+        """Where its column stands in `col_var`."""
+        column = self._selection.positions(self._device, torch.int64) - self.row * self._width
+        if self._batch:
+            column += self.row.div(self._height, rounding_mode="floor") * self._width
+        return column
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """Of shape [..., m, 1], how many elements each row has."""
+        return self._counts(self.row, *self._shape("row"))
+
+    @cached_property
+    def columns(self) -> Tensor:
+        """Of shape [..., 1, n]."""
+        return self._counts(self.column, *self._shape("col"))
+
+    def _shape(self, key: str) -> tuple[int, ...]:
+        last = (self._height, 1) if key == "row" else (1, self._width)
+        return (*self._batch, *last)
 
     @staticmethod
-    def of(selection: Selection, device: torch.device) -> "_Scattered":
-        """Those of a selection of elements."""
-        *batch, m, n = selection.shape
-        flat = selection.positions(device, torch.int64)
-        row = flat.div(n, rounding_mode="floor")
-        column = flat - row * n
-        if batch:
-            column += row.div(m, rounding_mode="floor") * n
-        rows = torch.bincount(row, minlength=selection.numel // n).view(*batch, m, 1)
-        columns = torch.bincount(column, minlength=selection.numel // m).view(*batch, 1, n)
-        return _Scattered(row, column, rows, columns)
+    def _counts(where: Tensor, *shape: int) -> Tensor:
+        return torch.bincount(where, minlength=math.prod(shape)).view(shape)
+
+    def _where(self) -> tuple[Tensor, int, int]:
+        """What the kernels need to know of the positions."""
+        assert self._selection.index is not None
+        return self._selection.index.cpu(), self._height, self._width
 
     def start(self, x: Tensor) -> State:
         """Factors without history."""
-        return {"row_var": x.new_zeros(self.rows.shape), "col_var": x.new_zeros(self.columns.shape)}
+        return {f"{key}_var": x.new_zeros(self._shape(key)) for key in ("row", "col")}
 
-    def _means(self, x: Tensor) -> tuple[tuple[str, Tensor], ...]:
-        """Means over the elements of each row and of each column; summed in float64."""
-        found = []
-        for key, where, count in (
-            ("row", self.row, self.rows), ("col", self.column, self.columns)
-        ):  # fmt: skip
-            sums = torch.bincount(where, weights=x.double(), minlength=count.numel())
-            found.append((key, (sums.view(count.shape) / count.clamp(min=1)).to(x.dtype)))
-        return tuple(found)
+    def _lines(self) -> tuple[tuple[str, Tensor, Tensor], ...]:
+        return ("row", self.row, self.rows), ("col", self.column, self.columns)
 
     def take_in(self, grad: Tensor, state: State, decay: float) -> None:
         """Moves the factors towards the means of squares of a gradient."""
-        for key, mean in self._means(grad.double().square()):
-            _follow(state, key, mean.to(grad.dtype), decay)
+        if grad.dtype == torch.float32 and _native(grad):
+            down, across = (grad.new_empty(self._shape(key)) for key in ("row", "col"))
+            index, m, n = self._where()
+            _core.line_means_(down, across, grad.detach(), index, m, n, "the gradient")
+            means = [down, across]
+        else:
+            squares = grad.double().square()
+            means = [_mean(squares, *line).to(grad.dtype) for _, *line in self._lines()]
+        for key, mean in zip(("row", "col"), means, strict=True):
+            _follow(state, key, mean, decay)
 
     def estimate(self, state: State, eps: float) -> Tensor:
         """The second moment of each coordinate.
@@ -297,6 +329,8 @@ class _Scattered(_Factors):
         columns. Where a column lacks the row of the large gradients its mean alone says too little, so
         columns are scaled to their sums given the rows, and rows to theirs given the columns.
         """
+        if self._by_kernel(state):
+            return self._estimated(None, state, eps)
         row, column = self.row, self.column
         down, across = state["row_var"].double(), state["col_var"].double()
         other = torch.bincount(column, weights=down.view(-1)[row], minlength=self.columns.numel())
@@ -311,6 +345,24 @@ class _Scattered(_Factors):
         rows, columns = self.each(down, across)
         return (rows * columns).to(state["row_var"].dtype)
 
+    def update(self, grad: Tensor, state: State, eps: float) -> Tensor:
+        """A gradient, in its shape, by the root of its second moment."""
+        if grad.dtype == torch.float32 and _native(grad) and self._by_kernel(state):
+            return self._estimated(grad.detach(), state, eps)
+        return super().update(grad, state, eps)
+
+    @staticmethod
+    def _by_kernel(state: State) -> bool:
+        factors = (state["row_var"], state["col_var"])
+        return all(f.dtype == torch.float32 for f in factors) and _native(*factors)
+
+    def _estimated(self, grad: Tensor | None, state: State, eps: float) -> Tensor:
+        rows, columns = state["row_var"], state["col_var"]
+        out: Tensor = rows.new_empty(self._selection.count)
+        index, m, n = self._where()
+        _core.line_estimate_(out, rows, columns, grad, index, m, n, eps, "the factors")
+        return out
+
     def each(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         """What rows and columns have, for each coordinate."""
         return rows.reshape(-1)[self.row], columns.reshape(-1)[self.column]
@@ -318,21 +370,31 @@ class _Scattered(_Factors):
     def fit(self, variance: Tensor, step: Tensor) -> State:
         """Factors with these second moments, where they have some."""
         if _shared(step):
-            return {"step": step, **{f"{k}_var": mean for k, mean in self._means(variance)}}
+            means = {f"{key}_var": _mean(variance, *line) for key, *line in self._lines()}
+            return {"step": step, **means}
         ages = step.to(variance.device)
         known = ages > 0
-        old = _Scattered(self.row[known], self.column[known], self.rows, self.columns)
         fitted: State = {"step": ages.max().to(torch.float32)}
-        for (key, mean), (_, share), where, count in zip(
-            old._means(variance[known]), self._means(known.to(variance.dtype)),
-            (self.row, self.column), (self.rows, self.columns), strict=True,
-        ):  # fmt: skip
+        for key, where, count in self._lines():
+            mean = _mean(variance[known], where[known], count)
+            share = _mean(known.to(variance.dtype), where, count)
             fitted[f"{key}_var"] = mean / share.clamp(min=torch.finfo(mean.dtype).tiny)
             oldest = ages.new_zeros(count.numel()).scatter_reduce_(0, where, ages, "amax")
             oldest = torch.where(count.view(-1) == 0, ages.max(), oldest)  # of nothing: not new
             fitted[f"{key}_step"] = oldest.view(count.shape).to(torch.float32)
             _fill(fitted, key, -2 if key == "row" else -1, count > 0)
         return fitted
+
+
+def _by_root(estimate: Tensor, grad: Tensor, eps: float) -> Tensor:
+    """A gradient by the root of its second moment, which is overwritten."""
+    return estimate.view(grad.shape).clamp_(min=eps * eps).rsqrt_().mul_(grad)
+
+
+def _mean(x: Tensor, where: Tensor, count: Tensor) -> Tensor:
+    """Means of what stands on each line, by their number; summed in float64."""
+    sums = torch.bincount(where, weights=x.double(), minlength=count.numel())
+    return (sums.view(count.shape) / count.clamp(min=1)).to(x.dtype)
 
 
 def _follow(state: State, key: str, mean: Tensor, decay: float) -> None:

@@ -104,6 +104,9 @@ class AdamW(Fused):
     def _update(self, at: At, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         gate = gates.parse(group["gate"]) if group["gate"] is not None else None
         state = self.state[param]
+        if group["state_bits"] == 8 and gate is None and lowbit.begin(state, param):
+            adamw_step_(at, param, grad, group, state)
+            return
         wide = lowbit.expand(state, ops.value_dtype(param.dtype))
         adamw_step_(at, param, grad, group, wide, gate)
         kept = lowbit.shrink(wide) if group["state_bits"] == 8 else wide
@@ -122,12 +125,12 @@ def adamw_step_(
         param: What is stepped.
         grad: Its gradient.
         group: With `betas`, `eps`, `maximize` and `decay`.
-        state: Of the parameter; made at its first step.
+        state: Of the parameter; made at its first step. Moments of 8 bits stay so, without a gate.
         gate: Which coordinates move.
         since: Steps on a shared clock that do not count, because the moments began after them.
     """
-    if "exp_avg" not in state:
-        state.setdefault("step", torch.tensor(0.0, dtype=torch.float32))
+    state.setdefault("step", torch.tensor(0.0, dtype=torch.float32))
+    if "exp_avg" not in state and not lowbit.coded(state):
         state["exp_avg"], state["exp_avg_sq"] = like(param), like(param)
     if gate is not None and gate.closes in ("frozen", "reset") and not gate.shared_clock:
         step = state["step"]
@@ -141,6 +144,11 @@ def adamw_step_(
     beta1, beta2 = (float(beta) for beta in group["betas"])
     opening, closed, decay_closed = gates.Opening(), "updated", False
     if gate is not None:
+        if gate.each_backward and at.slot is None and param.numel():
+            raise HyperparameterError(
+                f"the gate of {at.name} closes after each backward pass, which this optimizer does "
+                "not see by itself: it needs retouch.wrap"
+            )
         opening = gate.choose(
             gates.Moment(
                 at.name, -grad if group["maximize"] else grad, state,
@@ -154,9 +162,15 @@ def adamw_step_(
             opening, closed = gates.Opening(), "updated"
     pulled = None if decay_closed else opening.open
     weight_decay = at.pull_(param.detach(), group, pulled)
+    options: dict[str, Any] = {
+        "step": clock, "lr": at.lr, "beta1": beta1, "beta2": beta2, "eps": group["eps"],
+        "weight_decay": weight_decay, "maximize": group["maximize"],
+    }  # fmt: skip
+    if "exp_avg" not in state:
+        steps.adamw_coded_(param, grad, state, at.target, at.index, at.name, **options)
+        return
     steps.adamw_(
         param, grad, state["exp_avg"], state["exp_avg_sq"], at.target, at.index, at.name,
-        step=clock, lr=at.lr, beta1=beta1, beta2=beta2, eps=group["eps"],
-        weight_decay=weight_decay, maximize=group["maximize"], scale=opening.scale,
-        gate=opening.open, closed=closed, decay_closed=decay_closed,
+        **options, scale=opening.scale, gate=opening.open, closed=closed,
+        decay_closed=decay_closed,
     )  # fmt: skip

@@ -122,6 +122,15 @@ class Gate:
         """Whether closed coordinates decay."""
         return False
 
+    @property
+    def each_backward(self) -> bool:
+        """Whether it also closes on what has come of a gradient, after each backward pass."""
+        return False
+
+    def close_(self, grad: Tensor, name: str) -> None:
+        """With `each_backward`: sets what is closed of the gradient of a weight to 0."""
+        raise AssertionError("a subclass that closes after backward passes says how")
+
     def choose(self, at: Moment) -> Opening:
         """Which coordinates move in this step."""
         raise AssertionError("a subclass chooses")
@@ -263,29 +272,53 @@ class TopK(_Policed):
     """Moves the largest gradients of each tensor: Gradient-Mask Tuning (arXiv 2406.15330).
 
     Exactly `max(1, floor(density * n))` of the n selected, ties to the lowest position. The gradient
-    is that of the whole optimizer step, as in the paper; its re-implementations zero gradients (P0).
+    is that of the whole optimizer step, as in the paper. With `per="backward"` what is closed is set
+    to 0 after every micro-batch, in the sum that has come until then, so that an early one decides
+    what later ones can add to; for compact values of a wrapped model, and before clipping.
 
     Attributes:
         density: Fraction that moves, in (0, 1].
+        per: "step", or "backward".
         policy: What becomes of closed coordinates, see the module.
         leaky: Needed for P0.
     """
 
     kind: ClassVar[str] = "topk"
     density: float = 0.2
+    per: str = "step"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _fraction(self, "density")
+        _one_of(self, "per", "step", "backward")
+        if self.each_backward and self.policy != "P0":
+            raise HyperparameterError(
+                "TopK with per='backward' takes gradients for 0 while they add up, which is policy "
+                "P0: set policy='P0', leaky=True"
+            )
+
+    @property
+    def each_backward(self) -> bool:
+        """As `per` says."""
+        return self.per == "backward"
+
+    def _open(self, grad: Tensor, name: str) -> Tensor:
+        total = grad.numel()
+        k = min(total, max(1, math.floor(Fraction(str(self.density)) * total)))
+        (chosen,) = ops.topk([grad], [f"the gradient of {name}"], k, absolute=True)
+        opened = torch.zeros(total, dtype=torch.bool, device=grad.device)
+        opened[chosen.long()] = True
+        return opened.view(grad.shape)
+
+    def close_(self, grad: Tensor, name: str) -> None:
+        """Keeps the k largest of a running gradient."""
+        # `GradScaler` looks for infinities and skips the step
+        if bool(torch.isfinite(grad).all()):
+            grad.masked_fill_(~self._open(grad, name), 0.0)
 
     def choose(self, at: Moment) -> Opening:
         """Opens the k largest gradients."""
-        total = at.grad.numel()
-        k = min(total, max(1, math.floor(Fraction(str(self.density)) * total)))
-        (chosen,) = ops.topk([at.grad], [f"the gradient of {at.name}"], k, absolute=True)
-        opened = torch.zeros(total, dtype=torch.bool, device=at.grad.device)
-        opened[chosen.long()] = True
-        return Opening(opened.view(at.grad.shape))
+        return Opening(self._open(at.grad, at.name))
 
 
 @dataclass(frozen=True)

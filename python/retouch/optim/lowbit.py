@@ -7,6 +7,9 @@ of a coordinate in place of 8. Steps are computed in float32, from moments that 
 rounded once afterwards.
 
 One thing is ours: a second moment that is not 0 never becomes 0. It would be divided by.
+
+As in `retouch.ops`, contiguous float32 tensors on the CPU go to the Rust kernels, which give the same
+codes and scales; `retouch.optim.steps.adamw_coded_` widens, steps and rounds block by block.
 """
 
 import functools
@@ -16,12 +19,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["BLOCK", "SMALLEST", "dequantise", "expand", "levels", "nearest", "quantise", "shrink"]
+from retouch import _core
+from retouch.ops import _native
+
+__all__ = [
+    "BLOCK", "SMALLEST", "begin", "coded", "dequantise", "expand", "levels", "nearest", "quantise",
+    "shrink",
+]  # fmt: skip
 
 BLOCK = 256
 SMALLEST = 4096  # values with fewer coordinates keep moments of 32 bits, as in bitsandbytes
 _MOMENTS = (("exp_avg", True), ("exp_avg_sq", False))
-_DECADES = 7
 _ONE = 0x3F800000  # the bits of 1.0
 _SHIFT = 12
 _CELLS = _ONE >> _SHIFT
@@ -34,12 +42,7 @@ def levels(signed: bool) -> Tensor:
     The decade up to `10**-d` has `64 / 2**d` levels for each sign (128 / 2**d without signs), in the
     middle of equal parts of its upper nine tenths. 0 and 1 are levels of their own; -1 is none.
     """
-    found = [0.0, 1.0]
-    for d in range(_DECADES):
-        parts = (64 if signed else 128) >> d
-        middles = [(0.1 + 0.9 * (i + 0.5) / parts) * 10.0**-d for i in range(parts)]
-        found += middles + ([-x for x in middles] if signed else [])
-    return torch.tensor(sorted(found), dtype=torch.float64).to(torch.float32)
+    return torch.from_numpy(_core.code_levels(signed))
 
 
 @functools.cache
@@ -86,6 +89,11 @@ def quantise(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     Returns:
         uint8 of that shape, and float32 [ceil(n / 256)].
     """
+    if x.dtype == torch.float32 and _native(x):
+        codes = torch.empty(x.shape, dtype=torch.uint8)
+        scale = torch.empty(-(-x.numel() // BLOCK), dtype=torch.float32)
+        _core.quantise_(codes, scale, x.detach(), signed)
+        return codes, scale
     flat = x.detach().reshape(-1).to(torch.float32)
     blocks = functional.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
     scale = blocks.abs().amax(1)
@@ -98,9 +106,30 @@ def quantise(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
 
 def dequantise(codes: Tensor, scale: Tensor, signed: bool) -> Tensor:
     """float32 of the shape of the codes."""
+    if _native(scale) and codes.device.type == "cpu" and codes.is_contiguous():
+        out = torch.empty(codes.shape, dtype=torch.float32)
+        _core.dequantise_(out, codes, scale, signed)
+        return out
     flat = levels(signed).to(codes.device).index_select(0, codes.reshape(-1).to(torch.int32))
     blocks = functional.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
     return blocks.mul_(scale[:, None]).view(-1)[: flat.numel()].view(codes.shape)
+
+
+def coded(state: dict[str, Any]) -> bool:
+    """Whether both moments of AdamW's state are codes and scales."""
+    return all(f"{key}_codes" in state for key, _ in _MOMENTS)
+
+
+def begin(state: dict[str, Any], value: Tensor) -> bool:
+    """Gives a value that has no moments yet codes of zeros, if it is large enough; see `coded`."""
+    if value.numel() >= SMALLEST and not any(key.startswith("exp_avg") for key in state):
+        for key, signed in _MOMENTS:
+            zero = int((levels(signed) == 0).nonzero())
+            codes = torch.full(value.shape, zero, dtype=torch.uint8, device=value.device)
+            blocks = -(-value.numel() // BLOCK)
+            scale = torch.zeros(blocks, dtype=torch.float32, device=value.device)
+            state[f"{key}_codes"], state[f"{key}_scale"] = codes, scale
+    return coded(state)
 
 
 def expand(state: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:

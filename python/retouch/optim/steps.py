@@ -5,6 +5,7 @@ also write the rounded result into the weight; everything else runs the same ari
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from retouch import _core, ops
 from retouch.errors import HyperparameterError, LayoutError
 from retouch.ops import _native, _written
+from retouch.optim import lowbit
 
 
 def adamw_(
@@ -67,11 +69,7 @@ def adamw_(
         LayoutError: A clock or a gate that does not fit.
         HyperparameterError: A clock out of its range.
     """
-    if isinstance(step, Tensor) and (step.dtype != torch.int32 or step.shape != value.shape):
-        raise LayoutError(
-            f"the clock of {name} is {step.dtype} of shape {tuple(step.shape)}; wanted int32 of "
-            f"shape {tuple(value.shape)}, the steps of each coordinate"
-        )
+    _check_clock(step, value, name)
     if gate is not None and (gate.dtype != torch.bool or gate.shape != value.shape):
         raise LayoutError(
             f"the gate of {name} is {gate.dtype} of shape {tuple(gate.shape)}; wanted bool of "
@@ -121,6 +119,88 @@ def adamw_(
                 t[gate] = new
         if target is not None and index is not None:
             ops.scatter_(target, index, x, name)
+
+
+def adamw_coded_(
+    value: Tensor,
+    grad: Tensor,
+    state: dict[str, Any],
+    target: Tensor | None,
+    index: Tensor | None,
+    name: str,
+    *,
+    step: int | Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool = False,
+) -> None:
+    """`adamw_` with moments of 8 bits, which are widened, stepped and rounded once (`lowbit`).
+
+    Args:
+        value: As in `adamw_`, like all that is not named here.
+        grad: See `adamw_`.
+        state: With uint8 `exp_avg_codes` and `exp_avg_sq_codes` of `value`'s shape and float32
+            `exp_avg_scale` and `exp_avg_sq_scale`; updated in place.
+        target: See `adamw_`.
+        index: See `adamw_`.
+        name: See `adamw_`.
+        step: See `adamw_`.
+        lr: See `adamw_`.
+        beta1: See `adamw_`.
+        beta2: See `adamw_`.
+        eps: See `adamw_`.
+        weight_decay: See `adamw_`.
+        maximize: See `adamw_`.
+
+    Raises:
+        LayoutError: A clock that does not fit.
+        HyperparameterError: A clock out of its range.
+    """
+    _check_clock(step, value, name)
+    options: dict[str, Any] = {
+        "step": step, "lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps,
+        "weight_decay": weight_decay, "maximize": maximize,
+    }  # fmt: skip
+    codes, scale = state["exp_avg_codes"], state["exp_avg_scale"]
+    codes_sq, scale_sq = state["exp_avg_sq_codes"], state["exp_avg_sq_scale"]
+    kept = (codes, scale, codes_sq, scale_sq)
+    clock = step if isinstance(step, Tensor) else None
+    flat = (
+        t is None or (t.device.type == "cpu" and t.is_contiguous())
+        for t in (clock, codes, codes_sq)
+    )
+    wide = [value, grad, scale, scale_sq]
+    if (
+        all(t.dtype == torch.float32 for t in wide)
+        and all(flat)
+        and _native(*wide, *([] if target is None else [target]))
+    ):
+        _core.adamw_coded_(
+            value.detach(), grad.detach(), codes, scale, codes_sq, scale_sq,
+            None if target is None else target.detach(),
+            None if index is None else index.cpu(), name, **options,
+        )  # fmt: skip
+        for written in (value, *kept, clock, target):
+            if written is not None:
+                _written(written)
+        return
+    exp_avg = lowbit.dequantise(codes, scale, signed=True).to(value.dtype)
+    exp_avg_sq = lowbit.dequantise(codes_sq, scale_sq, signed=False).to(value.dtype)
+    adamw_(value, grad, exp_avg, exp_avg_sq, target, index, name, **options)
+    new = (*lowbit.quantise(exp_avg, signed=True), *lowbit.quantise(exp_avg_sq, signed=False))
+    for old, rounded in zip(kept, new, strict=True):
+        old.copy_(rounded)
+
+
+def _check_clock(step: int | Tensor, value: Tensor, name: str) -> None:
+    if isinstance(step, Tensor) and (step.dtype != torch.int32 or step.shape != value.shape):
+        raise LayoutError(
+            f"the clock of {name} is {step.dtype} of shape {tuple(step.shape)}; wanted int32 of "
+            f"shape {tuple(value.shape)}, the steps of each coordinate"
+        )
 
 
 def _adamw(

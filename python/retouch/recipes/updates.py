@@ -77,6 +77,33 @@ Recipe(
     **_EACH_STEP,
 )
 
+Recipe(
+    id="gmt-micro",
+    title="GMT, after each micro-batch",
+    config=_EVERYTHING
+    | {
+        "target_modules": "all-linear",
+        "gate": TopK(0.2, per="backward", policy="P0", leaky=True),
+    },
+    scores="|running sum of the micro-batches' gradients|",
+    cost="a selection of the largest gradients after every backward pass",
+    notes=(
+        "As the re-implementation does it: all but the largest fifth of each matrix's gradient is set "
+        "to 0 after every micro-batch, so that the first one decides much of what the step can move; "
+        "momentum and decay still move all. With one micro-batch in a step it is `gmt-gate` with "
+        "gate={'policy': 'P0', 'leaky': True}. The number is exact here, where the source lets ties "
+        "in; clipping sees what is left, where the source does not clip. With several processes a "
+        "micro-batch in no_sync() is masked by each process alone."
+    ),
+    source="a re-implementation",
+    variant="released",
+    warning="The authors' code was not found; the paper masks once a step, as `gmt` and `gmt-gate` do.",
+    paper="Enhancing Large Language Model Performance with Gradient-Based Parameter Selection",
+    year=2024,
+    arxiv="2406.15330",
+    **_EACH_STEP | {"when": "all once; what moves, after every micro-batch"},
+)
+
 _MASKED_UPDATES: dict[str, Any] = {
     "source": "summaries of the paper, and a re-implementation",
     "variant": "paper",
