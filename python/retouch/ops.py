@@ -121,6 +121,72 @@ def topk(
     return out
 
 
+def topk_made(
+    values: Sequence[Tensor],
+    divisors: Sequence[Tensor] | None,
+    offset: float,
+    pinned: Sequence[Tensor],
+    pin: float,
+    names: Sequence[str],
+    k: int,
+    *,
+    largest: bool = True,
+) -> list[Tensor]:
+    """`topk` of the scores |value| / (|divisor| + offset), which the kernel makes while it ranks.
+
+    Args:
+        values: Float32 tensors of any shapes.
+        divisors: Of the same shapes; None: the scores are |value|.
+        offset: Added to the magnitude of the divisor.
+        pinned: For each the flat positions, ascending int32, whose score is `pin`.
+        pin: Infinity or minus infinity.
+        names: A name for each, for errors.
+        k: How many to select in all.
+        largest: The largest if True, else the smallest.
+
+    Returns:
+        As `topk`.
+    """
+    if _native(*values, *(divisors or ())) and all(p.dtype == torch.int32 for p in pinned):
+        found = _core.topk_made(
+            [v.detach() for v in values],
+            None if divisors is None else [d.detach() for d in divisors],
+            offset, [p.cpu().contiguous() for p in pinned], pin, list(names), k, largest=largest,
+        )  # fmt: skip
+        return [_tensor(p) for p in found]
+    scores = []
+    for i, value in enumerate(values):
+        score = value.detach().abs().contiguous()
+        if divisors is not None:
+            score.div_(divisors[i].detach().abs().add_(offset))
+        score.view(-1)[pinned[i].to(device=score.device, dtype=torch.int64)] = pin
+        scores.append(score)
+    return topk(scores, names, k, largest=largest)
+
+
+def topk_mask(
+    scores: Tensor, name: str, k: int, *, largest: bool = True, absolute: bool = False
+) -> Tensor:
+    """`topk` of one tensor as a bool tensor of its shape: True at the k best."""
+    if _native(scores):
+        chosen = torch.empty(scores.shape, dtype=torch.bool)
+        _core.topk_bytes_(
+            chosen.view(torch.uint8), scores.detach(), name, k, largest=largest, absolute=absolute
+        )
+        return chosen
+    (where,) = topk([scores], [name], k, largest=largest, absolute=absolute)
+    chosen = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
+    chosen[where.long()] = True
+    return chosen.view(scores.shape)
+
+
+def finite(values: Sequence[Tensor], names: Sequence[str]) -> bool:
+    """Whether no value of any tensor is infinite or NaN; `names` are for errors."""
+    if _native(*values) and len({v.dtype for v in values}) <= 1:
+        return _core.finite([v.detach() for v in values], list(names))
+    return all(bool(torch.isfinite(v).all()) for v in values)
+
+
 def topk_rows(
     scores: Tensor, name: str, k: int, *, largest: bool = True, absolute: bool = False
 ) -> Tensor:

@@ -269,6 +269,44 @@ struct State<'a, T, P> {
 impl<T, P> State<'_, T, P> {
     #[inline(always)]
     fn gated(&mut self, f: Factors, biases: &Biases, open: &[u8], closed: Closed) {
+        // One case for each loop, and a choice between values in it, so that it becomes vector code.
+        match (biases, &self.ages, closed) {
+            (Biases::One(bias), None, Closed::Updated { decay: false }) => {
+                self.chosen(f, *bias, open, |x, _, _, m, v| (x, m, v));
+            }
+            (Biases::One(bias), None, Closed::Updated { decay: true }) => {
+                self.chosen(f, *bias, open, |x, _, _, m, v| (x * f.decay, m, v));
+            }
+            (Biases::One(bias), None, Closed::Frozen) => {
+                self.chosen(f, *bias, open, |x, m, v, _, _| (x, m, v));
+            }
+            (Biases::One(bias), None, Closed::Reset) => {
+                self.chosen(f, *bias, open, |x, _, _, _, _| (x, 0.0, 0.0));
+            }
+            _ => self.gated_by_age(f, biases, open, closed),
+        }
+    }
+
+    /// `shut` gives the closed (x, m, v), of x, m, v before the step and of m and v after it.
+    #[inline(always)]
+    fn chosen(
+        &mut self,
+        f: Factors,
+        bias: Bias,
+        open: &[u8],
+        shut: impl Fn(f32, f32, f32, f32, f32) -> (f32, f32, f32),
+    ) {
+        let rows = self.value.iter_mut().zip(self.grad).zip(&mut *self.m).zip(&mut *self.v);
+        for ((((x, g), m), v), open) in rows.zip(open) {
+            let new = f.update(bias, *x, *g, *m, *v);
+            let old = shut(*x, *m, *v, new.1, new.2);
+            let choose = |new: f32, old: f32| if *open != 0 { new } else { old };
+            (*x, *m, *v) = (choose(new.0, old.0), choose(new.1, old.1), choose(new.2, old.2));
+        }
+    }
+
+    #[inline(always)]
+    fn gated_by_age(&mut self, f: Factors, biases: &Biases, open: &[u8], closed: Closed) {
         let rows = self.value.iter_mut().zip(self.grad).zip(&mut *self.m).zip(&mut *self.v);
         for (i, ((((x, g), m), v), open)) in rows.zip(open).enumerate() {
             let open = *open != 0;

@@ -9,6 +9,7 @@ pub mod change;
 pub mod chunk;
 pub mod gather;
 pub mod lion;
+pub mod made;
 mod marks;
 pub mod pack;
 mod rank;

@@ -1,9 +1,10 @@
 //! Selecting: top-k, thresholds, random numbers, and the algebra of positions.
 use super::{array, threads};
-use crate::bridge::Tensor;
+use crate::bridge::{Tensor, disjoint};
 use crate::error::{Error, Result};
+use crate::kernel::made::Made;
 use crate::kernel::select::{self, Order};
-use crate::kernel::{rng, sets};
+use crate::kernel::{reduce, rng, sets};
 use crate::num::Element;
 use crate::view::{Index, Positions, View};
 use crate::{with_elements, with_index};
@@ -13,6 +14,9 @@ use pyo3::prelude::*;
 pub(super) fn add(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(topk, m)?)?;
     m.add_function(wrap_pyfunction!(topk_rows, m)?)?;
+    m.add_function(wrap_pyfunction!(topk_made, m)?)?;
+    m.add_function(wrap_pyfunction!(topk_bytes_, m)?)?;
+    m.add_function(wrap_pyfunction!(finite, m)?)?;
     m.add_function(wrap_pyfunction!(threshold, m)?)?;
     m.add_function(wrap_pyfunction!(uniform_, m)?)?;
     m.add_function(wrap_pyfunction!(union, m)?)?;
@@ -106,6 +110,100 @@ fn topk(
         select::topk(threads, &parts, k, order(largest), absolute)
     }))?;
     Ok(arrays(py, all))
+}
+
+/// `topk` of the scores |value| / (|divisor| + offset), or |value| without divisors, but for those at the
+/// `pinned` positions (int32) of each tensor, which are `pin`.
+#[pyfunction]
+#[pyo3(signature = (values, divisors, offset, pinned, pin, names, k, *, largest=true))]
+#[allow(clippy::too_many_arguments)]
+fn topk_made(
+    py: Python<'_>,
+    values: Vec<Tensor>,
+    divisors: Option<Vec<Tensor>>,
+    offset: f32,
+    pinned: Vec<Tensor>,
+    pin: f32,
+    names: Vec<String>,
+    k: usize,
+    largest: bool,
+) -> PyResult<Vec<Py<PyAny>>> {
+    let threads = threads(py)?;
+    for (list, n) in
+        [("pinned", pinned.len()), ("divisors", divisors.as_ref().map_or(names.len(), Vec::len))]
+    {
+        if n != names.len() {
+            return Err(Error::Length { name: list.to_string(), got: n, want: names.len() }.into());
+        }
+    }
+    let all = with_parts!(names, values, parts => {
+        let made = made(&parts, divisors.as_deref(), offset, &pinned, pin)?;
+        py.allow_threads(|| select::topk_made(threads, &parts, &made, k, order(largest)))
+    })?;
+    Ok(arrays(py, all))
+}
+
+fn made<'a, T: Pick>(
+    parts: &[(&str, &[T])],
+    divisors: Option<&'a [Tensor]>,
+    offset: f32,
+    pinned: &'a [Tensor],
+    pin: f32,
+) -> Result<Vec<Made<'a, T>>> {
+    let one = |(i, (name, values)): (usize, &(&str, &[T]))| {
+        let divisor = match divisors {
+            None => None,
+            Some(all) => match T::pick(all[i].view(name)?) {
+                Some(divisor) => Some((divisor, offset)),
+                None => {
+                    return Err(Error::Layout {
+                        name: format!("the divisor of {name}"),
+                        got: "another dtype".to_string(),
+                        want: T::NAME.to_string(),
+                    });
+                }
+            },
+        };
+        let Index::Small(pinned) = pinned[i].index(name)? else {
+            return Err(Error::Layout {
+                name: format!("the pinned positions of {name}"),
+                got: "int64".to_string(),
+                want: "int32".to_string(),
+            });
+        };
+        Made::new(name, values.len(), divisor, pinned, pin)
+    };
+    parts.iter().enumerate().map(one).collect()
+}
+
+/// The k best of one tensor as bytes: `out` (uint8) is 1 at those and 0 elsewhere.
+#[pyfunction]
+#[pyo3(signature = (out, scores, name, k, *, largest=true, absolute=false))]
+fn topk_bytes_(
+    py: Python<'_>,
+    mut out: Tensor,
+    scores: Tensor,
+    name: String,
+    k: usize,
+    largest: bool,
+    absolute: bool,
+) -> PyResult<()> {
+    disjoint(&[("out", &out)], &[(&name, &scores)])?;
+    let (threads, view, out) = (threads(py)?, scores.view(&name)?, out.bytes_mut("out")?);
+    with_elements!(View, view, x => py.allow_threads(|| {
+        select::topk_bytes(threads, (&name, x), k, order(largest), absolute, out)
+    }))?;
+    Ok(())
+}
+
+/// Whether no value of any tensor, all of one dtype, is infinite or NaN.
+#[pyfunction]
+fn finite(py: Python<'_>, values: Vec<Tensor>, names: Vec<String>) -> PyResult<bool> {
+    let threads = threads(py)?;
+    Ok(with_parts!(names, values, parts => {
+        let all: Vec<_> = parts.iter().map(|(_, x)| *x).collect();
+        py.allow_threads(|| reduce::finite(threads, &all))
+    }))
 }
 
 /// Exactly the k best of each row (last dimension): ascending flat positions.

@@ -282,10 +282,7 @@ class TopK(_Policed):
         """Opens the k largest gradients."""
         total = at.grad.numel()
         k = min(total, max(1, math.floor(Fraction(str(self.density)) * total)))
-        (chosen,) = ops.topk([at.grad], [f"the gradient of {at.name}"], k, absolute=True)
-        opened = torch.zeros(total, dtype=torch.bool, device=at.grad.device)
-        opened[chosen.long()] = True
-        return Opening(opened.view(at.grad.shape))
+        return Opening(ops.topk_mask(at.grad, f"the gradient of {at.name}", k, absolute=True))
 
 
 @dataclass(frozen=True)
