@@ -5,7 +5,7 @@ and `verify_untouched` know for the whole run what the model was. A coordinate t
 float32 value bit for bit.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -56,8 +56,9 @@ class Piece(NamedTuple):
 
     def only(self, selection: Selection) -> "Piece":
         """The part of it that a smaller selection has."""
-        source, _ = carried(self.selection, selection)
-        return Piece(selection, self.values[source.to(self.values.device)])
+        values = self.values.new_empty(selection.count)
+        carry(self.selection, selection, [(self.values, values)])
+        return Piece(selection, values)
 
     def put_(self, param: Tensor, name: str) -> None:
         """Writes it into its parameter, bit for bit."""
@@ -82,13 +83,30 @@ def carried(old: Selection, new: Selection) -> tuple[Tensor, Tensor]:
     return ops.places(a, b).to(torch.int64), ops.places(b, a).to(torch.int64)
 
 
+def carry(old: Selection, new: Selection, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Copies values of the coordinates in both selections, in place.
+
+    Args:
+        old: A selection.
+        new: A selection of the same parameter.
+        pairs: Of values of `old`, and what they are written to: values of `new`; of any shape.
+    """
+    pairs = list(pairs)
+    if old.kind == new.kind == "elements" and old.index is not None and new.index is not None:
+        into, values = [b for _, b in pairs], [a for a, _ in pairs]
+        ops.carry_(into, values, old.index, new.index, "the values")
+        return
+    stay = carried(old, new)
+    for values, into in pairs:
+        moved_to(values, into, *stay)
+
+
 def merged(a: Piece, b: Piece) -> Piece:
     """Both parts together; where both have a coordinate it is that of `b`."""
     selection = a.selection | b.selection
     values = a.values.new_empty(selection.count)
     for part in (a, b):
-        source, target = carried(part.selection, selection)
-        values[target.to(values.device)] = part.values[source.to(values.device)]
+        carry(part.selection, selection, [(part.values, values)])
     return Piece(selection, values)
 
 
@@ -131,8 +149,10 @@ class Past(dict[str, Piece]):
         if name not in self:
             return
         part = self[name]
-        moved_to(part.values, base, *carried(part.selection, selection))
+        carry(part.selection, selection, [(part.values, base)])
         rest = part.selection - selection
+        if rest.count == part.selection.count:
+            return
         if rest.count:
             self[name] = part.only(rest)
         else:
@@ -227,15 +247,15 @@ def _move_one(
         return
     holders = engine.bindings(name)
     old = slot.selection if slot is not None else Selection("none", new.shape)
-    stay = carried(old, new)
-    value, base = new.gather(param.detach()).clone(), new.take(param.detach())
+    gone = old - new
+    value, base = new.gather(param.detach()), new.take(param.detach())
+    if value.data_ptr() == param.data_ptr():
+        value = value.clone()
     if slot is not None:
-        gone = old - new
         engine.past.leave(slot, gone)
         if state == "keep" and gone.count:
             _put_aside(engine, slot, gone)
-        moved_to(slot.value, value, *stay)
-        moved_to(slot.base, base, *stay)
+        carry(old, new, [(slot.value, value), (slot.base, base)])
     engine.past.enter(name, new, base)
     states = []
     for binding in holders:
@@ -245,11 +265,12 @@ def _move_one(
         have = {} if state == "reset" or slot is None else binding.state_of(slot.value)
         states.append(
             moved_state(
-                name, have, old, new, value, stay, clock=clock, own_clocks=binding.own_clocks,
-                back=back, seeds=seeds if state == "seeded" else None,
+                name, have, old, new, value, old.count - gone.count, clock=clock,
+                own_clocks=binding.own_clocks, back=back,
+                seeds=seeds if state == "seeded" else None,
             )
         )  # fmt: skip
-    engine.fill(name, param, new, value, base, path)
+    engine.fill(name, param, new, value, base, path, owned=True)
     for binding, moved in zip(holders, states, strict=True):
         if moved:
             binding.set_state(engine.value_for(name), moved)
@@ -324,7 +345,7 @@ def moved_state(
     old: Selection,
     new: Selection,
     like: Tensor,
-    stay: tuple[Tensor, Tensor],
+    stay: int,
     *,
     clock: Clock,
     own_clocks: bool,
@@ -341,7 +362,7 @@ def moved_state(
         old: Before.
         new: After.
         like: A tensor of the value's new shape, dtype and device.
-        stay: ``carried(old, new)``.
+        stay: How many coordinates are in both.
         clock: See `Schedule.clock`.
         own_clocks: Whether the optimizer knows a clock for each coordinate.
         back: State that was put aside.
@@ -353,15 +374,12 @@ def moved_state(
     Raises:
         EngineError: Coordinates of different age would have to share one clock.
     """
-    source, target = stay
-    fresh = torch.ones(new.count, dtype=torch.bool)
-    if state:
-        fresh[target] = False
-    for piece in back.values():
-        fresh[carried(piece.selection, new)[1]] = False
-    newcomers = fresh.nonzero().squeeze(1)
-    sown = seeds(name, new.flat()[newcomers]) if seeds is not None and newcomers.numel() else {}
-    survivors = bool(state) and target.numel() > 0
+    newcomers, sown = torch.empty(0, dtype=torch.int64), dict[str, Tensor]()
+    if seeds is not None:
+        known = [old] if state else []
+        newcomers = _in_none(new, known + [piece.selection for piece in back.values()])
+        sown = seeds(name, new.flat()[newcomers]) if newcomers.numel() else {}
+    survivors = bool(state) and stay > 0
     if not survivors and not back and not sown:
         return {}
     keys = {k: v for k, v in state.items()}
@@ -369,43 +387,56 @@ def moved_state(
         if key != _VALUE:
             keys.setdefault(key, None)
     moved: State = {}
+    stayed: list[tuple[Tensor, Tensor]] = []
+    done: set[str] = set()  # those that are as they should be
     for key, item in keys.items():
         scalar = not isinstance(item, Tensor) or item.dim() == 0
         if key == "step" and scalar:
+            done.add(key)
             moved[key] = _clock(
-                name, item, new, target if survivors else None, newcomers, back.get(key),
+                name, item, old if survivors else None, new, newcomers, back.get(key),
                 sown.get(key), clock, own_clocks,
             )  # fmt: skip
             continue
         if item is not None and (scalar or tuple(item.shape) != old.value_shape):
             if scalar:
                 moved[key] = item
+                done.add(key)
                 continue
             return {}  # factored statistics of another set of rows and columns mean nothing here
         dtype = like.dtype if item is None else item.dtype
         fill = torch.zeros(new.value_shape, dtype=dtype, device=like.device)
         if survivors and item is not None:
-            moved_to(item, fill, source, target)
-        if key in back:
-            piece = back[key]
-            moved_to(piece.values, fill, *carried(piece.selection, new))
-        if key in sown:
-            moved_to(sown[key], fill, torch.arange(newcomers.numel()), newcomers)
+            stayed.append((item, fill))
         moved[key] = fill
+    carry(old, new, stayed)
+    for key, fill in moved.items():
+        if key in back and key not in done:
+            carry(back[key].selection, new, [(back[key].values, fill)])
+        if key in sown and key not in done:
+            moved_to(sown[key], fill, torch.arange(newcomers.numel()), newcomers)
     return moved
 
 
+def _in_none(new: Selection, others: Iterable[Selection]) -> Tensor:
+    """Where among the values of a selection the coordinates stand that no other one has; int64."""
+    fresh = torch.ones(new.count, dtype=torch.bool)
+    for other in others:
+        fresh[carried(other, new)[1]] = False
+    return fresh.nonzero().squeeze(1)
+
+
 def _clock(
-    name: str, item: Any, new: Selection, survivors: Tensor | None, newcomers: Tensor,
+    name: str, item: Any, old: Selection | None, new: Selection, newcomers: Tensor,
     back: Piece | None, sown: Tensor | None, clock: Clock, own_clocks: bool,
 ) -> Any:  # fmt: skip
     """The clock of a value whose coordinates had one clock together."""
     step = 0 if item is None else int(item)
     ages = torch.zeros(new.value_shape, dtype=torch.int32)
-    if survivors is not None:
-        ages.view(-1)[survivors] = step
+    if old is not None:
+        carry(old, new, [(torch.full(old.value_shape, step, dtype=torch.int32), ages)])
     if back is not None:
-        moved_to(back.values, ages, *carried(back.selection, new))
+        carry(back.selection, new, [(back.values, ages)])
     if sown is not None:
         moved_to(sown, ages, torch.arange(newcomers.numel()), newcomers)
     least, most = (int(x) for x in ages.aminmax()) if ages.numel() else (0, 0)

@@ -175,7 +175,10 @@ class Selection:
             return Selection("none", self.shape)
         if index.numel() == length:
             return Selection("all", self.shape)
-        return Selection(kind, self.shape, index)
+        known = object.__new__(Selection)  # nothing to check: it was made of two that were
+        for key, value in (("kind", kind), ("shape", self.shape), ("index", index), ("_moved", {})):
+            object.__setattr__(known, key, value)
+        return known
 
     # --- values ----------------------------------------------------------------------------------
 

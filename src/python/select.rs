@@ -6,7 +6,7 @@ use crate::kernel::made::Made;
 use crate::kernel::select::{self, Order};
 use crate::kernel::{reduce, rng, sets};
 use crate::num::Element;
-use crate::view::{Index, Positions, View};
+use crate::view::{Index, Positions, View, ViewMut};
 use crate::{with_elements, with_index};
 use half::{bf16, f16};
 use pyo3::prelude::*;
@@ -24,6 +24,7 @@ pub(super) fn add(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(difference, m)?)?;
     m.add_function(wrap_pyfunction!(places, m)?)?;
     m.add_function(wrap_pyfunction!(complement, m)?)?;
+    m.add_function(wrap_pyfunction!(carry_, m)?)?;
     Ok(())
 }
 
@@ -264,12 +265,13 @@ macro_rules! algebra {
         $(#[$doc])*
         #[pyfunction]
         fn $name(py: Python<'_>, a: Tensor, b: Tensor) -> PyResult<Py<PyAny>> {
+            let threads = threads(py)?;
             let positions = match (a.index("a")?, b.index("b")?) {
                 (Index::Small(a), Index::Small(b)) => {
-                    Positions::Small(py.allow_threads(|| sets::$name(a, b)))
+                    Positions::Small(py.allow_threads(|| sets::$name(threads, a, b)))
                 }
                 (Index::Large(a), Index::Large(b)) => {
-                    Positions::Large(py.allow_threads(|| sets::$name(a, b)))
+                    Positions::Large(py.allow_threads(|| sets::$name(threads, a, b)))
                 }
                 _ => return Err(mixed().into()),
             };
@@ -293,6 +295,58 @@ algebra!(
     /// Where in the first of two ascending indices the positions of the second stand.
     places
 );
+
+/// Writes values of the positions that two indices share from the places in the first to those in the
+/// second: `to[i]` has one value for each position of `new`, `values[i]` for each of `old`.
+#[pyfunction]
+fn carry_(
+    py: Python<'_>,
+    mut to: Vec<Tensor>,
+    values: Vec<Tensor>,
+    old: Tensor,
+    new: Tensor,
+    name: String,
+) -> PyResult<()> {
+    if to.len() != values.len() {
+        let (got, want) = (to.len(), values.len());
+        return Err(Error::Length { name: "to".to_string(), got, want }.into());
+    }
+    let written: Vec<_> = to.iter().map(|t| ("to", t)).collect();
+    let mut read: Vec<_> = values.iter().map(|t| (name.as_str(), t)).collect();
+    read.extend([("old", &old), ("new", &new)]);
+    disjoint(&written, &read)?;
+    let threads = threads(py)?;
+    let (old, new) = (old.index("old")?, new.index("new")?);
+    let from = values.iter().map(|t| t.view(&name)).collect::<Result<Vec<_>>>()?;
+    let to = to.iter_mut().map(|t| t.view_mut("to")).collect::<Result<Vec<_>>>()?;
+    macro_rules! carry {
+        ($variant:ident) => {{
+            let mut pairs = Vec::new();
+            for pair in from.into_iter().zip(to) {
+                match pair {
+                    (View::$variant(x), ViewMut::$variant(y)) => pairs.push((x, y)),
+                    _ => return Err(mixed().into()),
+                }
+            }
+            match (old, new) {
+                (Index::Small(a), Index::Small(b)) => {
+                    py.allow_threads(|| sets::carry(threads, &name, a, b, pairs))
+                }
+                (Index::Large(a), Index::Large(b)) => {
+                    py.allow_threads(|| sets::carry(threads, &name, a, b, pairs))
+                }
+                _ => Err(mixed()),
+            }
+        }};
+    }
+    match from.first() {
+        None => Ok(()),
+        Some(View::F32(_)) => carry!(F32),
+        Some(View::F16(_)) => carry!(F16),
+        Some(View::BF16(_)) => carry!(BF16),
+    }?;
+    Ok(())
+}
 
 /// Positions below `length` that are not in an ascending index.
 #[pyfunction]
