@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from retouch import ops
+from retouch import _core, ops
+from retouch.ops import _native
 
 __all__ = ["Made"]
 
@@ -30,19 +31,43 @@ class Made:
     pinned: Mapping[str, Tensor] = field(default_factory=dict)
     pin: float = math.inf
 
-    def topk(self, names: Sequence[str], k: int, *, largest: bool = True) -> list[Tensor]:
-        """`ops.topk` of the scores of some of the parameters.
+    def topk(
+        self, groups: Sequence[Sequence[str]], ks: Sequence[int], *, largest: bool = True
+    ) -> list[list[Tensor]]:
+        """`ops.topk_each` of the scores.
+
+        Args:
+            groups: Names of parameters.
+            ks: How many of each group.
+            largest: The largest if True, else the smallest.
 
         Raises:
             ScoreError: A score is NaN.
-            BudgetError: k is larger than the number of elements.
+            BudgetError: A k is larger than the number of elements.
         """
+        if self.divisors is None and not self.pinned:
+            values = [[self.values[n] for n in names] for names in groups]
+            return ops.topk_each(values, groups, ks, largest=largest, absolute=True)
+        return [self._topk(names, k, largest) for names, k in zip(groups, ks, strict=True)]
+
+    def _topk(self, names: Sequence[str], k: int, largest: bool) -> list[Tensor]:
         values = [self.values[n] for n in names]
         divisors = None if self.divisors is None else [self.divisors[n] for n in names]
-        if divisors is None and not self.pinned:
-            return ops.topk(values, names, k, largest=largest, absolute=True)
         none = torch.empty(0, dtype=torch.int32)
         pinned = [self.pinned.get(n, none) for n in names]
-        return ops.topk_made(
-            values, divisors, self.offset, pinned, self.pin, names, k, largest=largest
-        )
+        if _native(*values, *(divisors or ())) and all(p.dtype == torch.int32 for p in pinned):
+            found = _core.topk_made(
+                [v.detach() for v in values],
+                None if divisors is None else [d.detach() for d in divisors],
+                self.offset, [p.cpu().contiguous() for p in pinned], self.pin, list(names), k,
+                largest=largest,
+            )  # fmt: skip
+            return [torch.from_numpy(p) for p in found]
+        scores = []
+        for i, value in enumerate(values):
+            score = value.detach().abs().contiguous()
+            if divisors is not None:
+                score.div_(divisors[i].detach().abs().add_(self.offset))
+            score.view(-1)[pinned[i].to(device=score.device, dtype=torch.int64)] = self.pin
+            scores.append(score)
+        return ops.topk(scores, names, k, largest=largest)

@@ -127,36 +127,56 @@ class Past(dict[str, Piece]):
             slot: As it is before it changes.
             dropped: Coordinates of its selection that will be frozen.
         """
+        left = self.left(slot, dropped)
+        if left is not None:
+            self.add(slot.name, left)
+
+    @staticmethod
+    def left(slot: Slot, dropped: Selection) -> Piece | None:
+        """What `leave` notes; None where nothing has moved."""
         if not dropped.count:
-            return
+            return None
         base = Piece(slot.selection, slot.base.reshape(-1)).only(dropped).values
         now = dropped.take(slot.param).reshape(-1)
         moved = ~same_bits(now, base)
         if not bool(moved.any()):
-            return
+            return None
         if dropped.kind == "elements" and not bool(moved.all()):
             where = moved.nonzero().squeeze(1)
             index = dropped.flat()[where.cpu()]
             dropped, base = Selection("elements", dropped.shape, index), base[where]
-        self.add(slot.name, Piece(dropped, base))
+        return Piece(dropped, base)
 
     def add(self, name: str, part: Piece) -> None:
         """Puts aside one more part of a parameter."""
         self[name] = merged(self[name], part) if name in self else part
 
-    def enter(self, name: str, selection: Selection, base: Tensor) -> None:
-        """Writes the base of coordinates that may move again into `base`, and forgets them."""
-        if name not in self:
+    def exchange(self, name: str, left: Piece | None, new: Selection, base: Tensor) -> None:
+        """Takes up what has left a selection, and gives back what enters it.
+
+        Args:
+            name: Of the parameter.
+            left: See `left`.
+            new: The selection from now on; it has nothing of `left`.
+            base: Of its values; those that were put aside are written into it, and forgotten.
+        """
+        held = self.get(name)
+        if held is None:
+            if left is not None:
+                self[name] = left
             return
-        part = self[name]
-        carry(part.selection, selection, [(part.values, base)])
-        rest = part.selection - selection
-        if rest.count == part.selection.count:
-            return
-        if rest.count:
-            self[name] = part.only(rest)
-        else:
+        carry(held.selection, new, [(held.values, base)])
+        rest = held.selection - new
+        if left is not None:
+            both = rest | left.selection
+            values = held.values.new_empty(both.count)
+            carry(held.selection, both, [(held.values, values)])
+            carry(left.selection, both, [(left.values, values)])
+            self[name] = Piece(both, values)
+        elif not rest.count:
             del self[name]
+        elif rest.count < held.selection.count:
+            self[name] = held.only(rest)
 
     def put_back(self, name: str, param: Tensor) -> None:
         """Writes the base of a parameter's part into it, and forgets the part."""
@@ -248,15 +268,17 @@ def _move_one(
     holders = engine.bindings(name)
     old = slot.selection if slot is not None else Selection("none", new.shape)
     gone = old - new
+    stayed: list[tuple[Tensor, Tensor]] = []  # carried all at once, which finds their places once
     value, base = new.gather(param.detach()), new.take(param.detach())
     if value.data_ptr() == param.data_ptr():
         value = value.clone()
+    left = None
     if slot is not None:
-        engine.past.leave(slot, gone)
+        left = Past.left(slot, gone)
         if state == "keep" and gone.count:
             _put_aside(engine, slot, gone)
-        carry(old, new, [(slot.value, value), (slot.base, base)])
-    engine.past.enter(name, new, base)
+        stayed += [(slot.value, value), (slot.base, base)]
+    engine.past.exchange(name, left, new, base)
     states = []
     for binding in holders:
         back = binding.kept.enter(name, new) if state == "keep" else {}
@@ -265,11 +287,12 @@ def _move_one(
         have = {} if state == "reset" or slot is None else binding.state_of(slot.value)
         states.append(
             moved_state(
-                name, have, old, new, value, old.count - gone.count, clock=clock,
+                name, have, old, new, value, stayed if old.count > gone.count else None, clock=clock,
                 own_clocks=binding.own_clocks, back=back,
                 seeds=seeds if state == "seeded" else None,
             )
         )  # fmt: skip
+    carry(old, new, stayed)
     engine.fill(name, param, new, value, base, path, owned=True)
     for binding, moved in zip(holders, states, strict=True):
         if moved:
@@ -345,7 +368,7 @@ def moved_state(
     old: Selection,
     new: Selection,
     like: Tensor,
-    stay: int,
+    stayed: list[tuple[Tensor, Tensor]] | None,
     *,
     clock: Clock,
     own_clocks: bool,
@@ -362,7 +385,8 @@ def moved_state(
         old: Before.
         new: After.
         like: A tensor of the value's new shape, dtype and device.
-        stay: How many coordinates are in both.
+        stayed: Receives what is still to be carried from the old selection to the new one, see
+            `carry`; None where they have no coordinate in common.
         clock: See `Schedule.clock`.
         own_clocks: Whether the optimizer knows a clock for each coordinate.
         back: State that was put aside.
@@ -379,7 +403,7 @@ def moved_state(
         known = [old] if state else []
         newcomers = _in_none(new, known + [piece.selection for piece in back.values()])
         sown = seeds(name, new.flat()[newcomers]) if newcomers.numel() else {}
-    survivors = bool(state) and stay > 0
+    survivors = bool(state) and stayed is not None
     if not survivors and not back and not sown:
         return {}
     keys = {k: v for k, v in state.items()}
@@ -387,7 +411,6 @@ def moved_state(
         if key != _VALUE:
             keys.setdefault(key, None)
     moved: State = {}
-    stayed: list[tuple[Tensor, Tensor]] = []
     done: set[str] = set()  # those that are as they should be
     for key, item in keys.items():
         scalar = not isinstance(item, Tensor) or item.dim() == 0
@@ -406,10 +429,9 @@ def moved_state(
             return {}  # factored statistics of another set of rows and columns mean nothing here
         dtype = like.dtype if item is None else item.dtype
         fill = torch.zeros(new.value_shape, dtype=dtype, device=like.device)
-        if survivors and item is not None:
+        if survivors and stayed is not None and item is not None:
             stayed.append((item, fill))
         moved[key] = fill
-    carry(old, new, stayed)
     for key, fill in moved.items():
         if key in back and key not in done:
             carry(back[key].selection, new, [(back[key].values, fill)])

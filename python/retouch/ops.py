@@ -126,47 +126,25 @@ def topk(
     return out
 
 
-def topk_made(
-    values: Sequence[Tensor],
-    divisors: Sequence[Tensor] | None,
-    offset: float,
-    pinned: Sequence[Tensor],
-    pin: float,
-    names: Sequence[str],
-    k: int,
+def topk_each(
+    scores: Sequence[Sequence[Tensor]],
+    names: Sequence[Sequence[str]],
+    ks: Sequence[int],
     *,
     largest: bool = True,
-) -> list[Tensor]:
-    """`topk` of the scores |value| / (|divisor| + offset), which the kernel makes while it ranks.
-
-    Args:
-        values: Float32 tensors of any shapes.
-        divisors: Of the same shapes; None: the scores are |value|.
-        offset: Added to the magnitude of the divisor.
-        pinned: For each the flat positions, ascending int32, whose score is `pin`.
-        pin: Infinity or minus infinity.
-        names: A name for each, for errors.
-        k: How many to select in all.
-        largest: The largest if True, else the smallest.
-
-    Returns:
-        As `topk`.
-    """
-    if _native(*values, *(divisors or ())) and all(p.dtype == torch.int32 for p in pinned):
-        found = _core.topk_made(
-            [v.detach() for v in values],
-            None if divisors is None else [d.detach() for d in divisors],
-            offset, [p.cpu().contiguous() for p in pinned], pin, list(names), k, largest=largest,
-        )  # fmt: skip
-        return [_tensor(p) for p in found]
-    scores = []
-    for i, value in enumerate(values):
-        score = value.detach().abs().contiguous()
-        if divisors is not None:
-            score.div_(divisors[i].detach().abs().add_(offset))
-        score.view(-1)[pinned[i].to(device=score.device, dtype=torch.int64)] = pin
-        scores.append(score)
-    return topk(scores, names, k, largest=largest)
+    absolute: bool = False,
+) -> list[list[Tensor]]:
+    """`topk` of many groups of scores, each with a k of its own, all at once."""
+    flat = [score for group in scores for score in group]
+    if not _native(*flat) or len({s.dtype for s in flat}) > 1:
+        each = zip(scores, names, ks, strict=True)
+        return [topk(s, n, k, largest=largest, absolute=absolute) for s, n, k in each]
+    found = _core.topk_each(
+        [s.detach() for s in flat], [name for group in names for name in group],
+        [len(group) for group in scores], list(ks), largest=largest, absolute=absolute,
+    )  # fmt: skip
+    rest = iter(found)
+    return [[_tensor(next(rest)) for _ in group] for group in scores]
 
 
 def topk_mask(

@@ -141,6 +141,7 @@ def _choose(
     elif config.quota == "score":
         quotas = _by_score(config, groups)
     chosen: dict[str, Selection] = {}
+    wanted: list[tuple[list[Part], list[str], list[Tensor], int]] = []
     for group, members in groups.items():
         names, values = [p.name for p in members], [p.values for p in members]
         if config.quantile is not None:
@@ -156,10 +157,15 @@ def _choose(
         else:
             k = _number(config, sum(p.units for p in members), group, full)
         _check_positive(config, members, k)
-        if made is not None:
-            picked = made.topk(names, k, largest=largest)
-        else:
-            picked = ops.topk(values, names, k, largest=largest, absolute=absolute)
+        wanted.append((members, names, values, k))
+    if made is not None:
+        best = made.topk([n for _, n, _, _ in wanted], [k for *_, k in wanted], largest=largest)
+    else:
+        best = ops.topk_each(
+            [v for _, _, v, _ in wanted], [n for _, n, _, _ in wanted], [k for *_, k in wanted],
+            largest=largest, absolute=absolute,
+        )  # fmt: skip
+    for (members, names, values, k), picked in zip(wanted, best, strict=True):
         if config.ties == "all" and k:
             bound = order.worst(values, picked, largest=largest, absolute=absolute)
             picked = ops.threshold(values, names, bound, largest=largest, absolute=absolute)

@@ -58,6 +58,14 @@ class Selection:
         length = self.numel if dim < 0 else shape[dim]
         object.__setattr__(self, "index", _checked(self.index, length, self.numel, self.kind))
 
+    @classmethod
+    def known(cls, kind: SelectionKind, shape: tuple[int, ...], index: Tensor) -> "Selection":
+        """A selection of positions that a kernel has made, on the CPU: nothing is checked."""
+        made = object.__new__(cls)
+        for key, value in (("kind", kind), ("shape", shape), ("index", index), ("_moved", {})):
+            object.__setattr__(made, key, value)
+        return made
+
     # --- numbers ---------------------------------------------------------------------------------
 
     @property
@@ -175,10 +183,7 @@ class Selection:
             return Selection("none", self.shape)
         if index.numel() == length:
             return Selection("all", self.shape)
-        known = object.__new__(Selection)  # nothing to check: it was made of two that were
-        for key, value in (("kind", kind), ("shape", self.shape), ("index", index), ("_moved", {})):
-            object.__setattr__(known, key, value)
-        return known
+        return Selection.known(kind, self.shape, index)
 
     # --- values ----------------------------------------------------------------------------------
 

@@ -236,18 +236,14 @@ impl<T: Element, P: Position> Loop for Step<'_, T, P> {
             for age in s.ages.iter_mut().flat_map(|ages| ages.iter_mut()) {
                 *age += 1;
             }
-            let rows = s.value.iter_mut().zip(s.grad).zip(&mut *s.m).zip(&mut *s.v);
-            match (self.biases, &s.ages) {
-                (Biases::One(bias), _) => {
+            match self.biases {
+                Biases::One(bias) => {
+                    let rows = s.value.iter_mut().zip(s.grad).zip(&mut *s.m).zip(&mut *s.v);
                     for (((x, g), m), v) in rows {
                         (*x, *m, *v) = f.update(*bias, *x, *g, *m, *v);
                     }
                 }
-                (biases, ages) => {
-                    for ((((x, g), m), v), age) in rows.zip(ages.iter().flat_map(|a| a.iter())) {
-                        (*x, *m, *v) = f.update(biases.at(*age), *x, *g, *m, *v);
-                    }
-                }
+                biases => s.by_age(f, biases),
             }
         }
         if let Some(mut target) = s.target {
@@ -266,7 +262,28 @@ struct State<'a, T, P> {
     target: Option<Target<'a, T, P>>,
 }
 
+/// Coordinates whose bias corrections are looked up together, so that the rest becomes vector code.
+const LOOKED_UP: usize = 64;
+
 impl<T, P> State<'_, T, P> {
+    #[inline(always)]
+    fn by_age(&mut self, f: Factors, biases: &Biases) {
+        let (mut roots, mut steps) = ([1.0; LOOKED_UP], [0.0; LOOKED_UP]);
+        let ages = self.ages.iter().flat_map(|ages| ages.chunks(LOOKED_UP));
+        let rows = self.value.chunks_mut(LOOKED_UP).zip(self.grad.chunks(LOOKED_UP));
+        let state = self.m.chunks_mut(LOOKED_UP).zip(self.v.chunks_mut(LOOKED_UP));
+        for (((x, g), (m, v)), ages) in rows.zip(state).zip(ages) {
+            for ((root, step), age) in roots.iter_mut().zip(&mut steps).zip(ages) {
+                Bias { root_bias2: *root, minus_step: *step } = biases.at(*age);
+            }
+            let rows = x.iter_mut().zip(g).zip(m.iter_mut()).zip(v);
+            for ((((x, g), m), v), (root, step)) in rows.zip(roots.iter().zip(&steps)) {
+                let bias = Bias { root_bias2: *root, minus_step: *step };
+                (*x, *m, *v) = f.update(bias, *x, *g, *m, *v);
+            }
+        }
+    }
+
     #[inline(always)]
     fn gated(&mut self, f: Factors, biases: &Biases, open: &[u8], closed: Closed) {
         // One case for each loop, and a choice between values in it, so that it becomes vector code.

@@ -52,6 +52,39 @@ pub fn topk<T: Element>(
     })
 }
 
+/// `topk` of groups of parts: `sizes` says how many parts each has, `ks` how many are its best.
+pub fn topk_each<T: Element>(
+    threads: usize,
+    parts: &[(&str, &[T])],
+    sizes: &[usize],
+    ks: &[usize],
+    order: Order,
+    absolute: bool,
+) -> Result<Vec<Positions>> {
+    check_len("ks", ks.len(), sizes.len())?;
+    check_len("the parts of all groups", sizes.iter().sum(), parts.len())?;
+    let (mut groups, mut rest) = (Vec::new(), parts);
+    for (size, k) in sizes.iter().zip(ks) {
+        let (group, after) = rest.split_at(*size);
+        rest = after;
+        let eligible = group.iter().map(|(_, x)| x.len()).sum();
+        if *k > eligible {
+            return Err(Error::Budget { k: *k, eligible });
+        }
+        groups.push((group, chunks(group), *k));
+    }
+    let found: Vec<_> = install(threads, || {
+        let one = |(parts, chunks, k): &(&[(&str, &[T])], Vec<Chunk<'_, T>>, usize)| match absolute
+        {
+            true => placed::<T, true>(parts, chunks, *k, order.ranking()),
+            false => placed::<T, false>(parts, chunks, *k, order.ranking()),
+        };
+        groups.par_iter().map(one).collect()
+    });
+    let found: Vec<_> = found.into_iter().collect::<Result<_>>()?; // the first error, not the fastest
+    Ok(found.into_iter().flatten().collect())
+}
+
 /// `topk` of scores that are made of the values of the parts, one `Made` for each part.
 pub fn topk_made<T: Element>(
     threads: usize,

@@ -14,6 +14,7 @@ use pyo3::prelude::*;
 pub(super) fn add(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(topk, m)?)?;
     m.add_function(wrap_pyfunction!(topk_rows, m)?)?;
+    m.add_function(wrap_pyfunction!(topk_each, m)?)?;
     m.add_function(wrap_pyfunction!(topk_made, m)?)?;
     m.add_function(wrap_pyfunction!(topk_bytes_, m)?)?;
     m.add_function(wrap_pyfunction!(finite, m)?)?;
@@ -109,6 +110,25 @@ fn topk(
     let threads = threads(py)?;
     let all = with_parts!(names, scores, parts => py.allow_threads(|| {
         select::topk(threads, &parts, k, order(largest), absolute)
+    }))?;
+    Ok(arrays(py, all))
+}
+
+/// `topk` of groups of scores: `sizes` says how many tensors each has, `ks` how many are its best.
+#[pyfunction]
+#[pyo3(signature = (scores, names, sizes, ks, *, largest=true, absolute=false))]
+fn topk_each(
+    py: Python<'_>,
+    scores: Vec<Tensor>,
+    names: Vec<String>,
+    sizes: Vec<usize>,
+    ks: Vec<usize>,
+    largest: bool,
+    absolute: bool,
+) -> PyResult<Vec<Py<PyAny>>> {
+    let threads = threads(py)?;
+    let all = with_parts!(names, scores, parts => py.allow_threads(|| {
+        select::topk_each(threads, &parts, &sizes, &ks, order(largest), absolute)
     }))?;
     Ok(arrays(py, all))
 }
