@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from retouch import ops
+from retouch.carrying import carry_, exchange_
 from retouch.eligible import own_parameters
 from retouch.errors import EngineError, FormatError
 from retouch.masks import Mask
@@ -94,7 +95,7 @@ def carry(old: Selection, new: Selection, pairs: Iterable[tuple[Tensor, Tensor]]
     pairs = list(pairs)
     if old.kind == new.kind == "elements" and old.index is not None and new.index is not None:
         into, values = [b for _, b in pairs], [a for a, _ in pairs]
-        ops.carry_(into, values, old.index, new.index, "the values")
+        carry_(into, values, old.index, new.index, "the values")
         return
     stay = carried(old, new)
     for values, into in pairs:
@@ -127,60 +128,80 @@ class Past(dict[str, Piece]):
             slot: As it is before it changes.
             dropped: Coordinates of its selection that will be frozen.
         """
-        left = self.left(slot, dropped)
-        if left is not None:
-            self.add(slot.name, left)
-
-    @staticmethod
-    def left(slot: Slot, dropped: Selection) -> Piece | None:
-        """What `leave` notes; None where nothing has moved."""
         if not dropped.count:
-            return None
+            return
         base = Piece(slot.selection, slot.base.reshape(-1)).only(dropped).values
         now = dropped.take(slot.param).reshape(-1)
         moved = ~same_bits(now, base)
         if not bool(moved.any()):
-            return None
+            return
         if dropped.kind == "elements" and not bool(moved.all()):
             where = moved.nonzero().squeeze(1)
             index = dropped.flat()[where.cpu()]
             dropped, base = Selection("elements", dropped.shape, index), base[where]
-        return Piece(dropped, base)
+        self.add(slot.name, Piece(dropped, base))
 
     def add(self, name: str, part: Piece) -> None:
         """Puts aside one more part of a parameter."""
         self[name] = merged(self[name], part) if name in self else part
 
-    def exchange(self, name: str, left: Piece | None, new: Selection, base: Tensor) -> None:
-        """Takes up what has left a selection, and gives back what enters it.
+    def exchange(self, name: str, slot: Slot | None, new: Selection, base: Tensor) -> int:
+        """Takes up what leaves a selection, and gives back what enters it.
 
         Args:
             name: Of the parameter.
-            left: See `left`.
-            new: The selection from now on; it has nothing of `left`.
+            slot: As it is before it changes; None for a parameter of which nothing was selected.
+            new: The selection from now on.
             base: Of its values; those that were put aside are written into it, and forgotten.
+
+        Returns:
+            How many coordinates are selected before and after.
         """
         held = self.get(name)
-        if held is None:
-            if left is not None:
-                self[name] = left
-            return
-        carry(held.selection, new, [(held.values, base)])
-        rest = held.selection - new
-        if left is not None:
-            both = rest | left.selection
-            values = held.values.new_empty(both.count)
-            carry(held.selection, both, [(held.values, values)])
-            carry(left.selection, both, [(left.values, values)])
-            self[name] = Piece(both, values)
-        elif not rest.count:
-            del self[name]
-        elif rest.count < held.selection.count:
-            self[name] = held.only(rest)
+        if slot is not None and slot.selection.kind == new.kind == "elements":
+            if held is None or held.selection.kind == "elements":
+                found = _exchanged(slot, held, new, base)
+                if found is not None:
+                    piece, shared = found
+                    if piece.selection.count:
+                        self[name] = piece
+                    else:
+                        self.pop(name, None)
+                    return shared
+        shared = 0
+        if slot is not None:
+            gone = slot.selection - new
+            shared = slot.selection.count - gone.count
+            self.leave(slot, gone)
+        if name in self:
+            held = self[name]
+            carry(held.selection, new, [(held.values, base)])
+            rest = held.selection - new
+            if not rest.count:
+                del self[name]
+            elif rest.count < held.selection.count:
+                self[name] = held.only(rest)
+        return shared
 
     def put_back(self, name: str, param: Tensor) -> None:
         """Writes the base of a parameter's part into it, and forgets the part."""
         self.pop(name).put_(param, name)
+
+
+def _exchanged(
+    slot: Slot, held: Piece | None, new: Selection, base: Tensor
+) -> tuple[Piece, int] | None:
+    """`Past.exchange` of single coordinates by the kernel; None where it does not take the tensors."""
+    old, param = slot.selection, slot.param.detach()
+    assert old.index is not None and new.index is not None
+    index, values = param.new_empty(0, dtype=old.index.dtype), param.new_empty(0)
+    if held is not None and held.selection.index is not None:
+        index, values = held.selection.index, held.values
+    found = exchange_(base, new.index, old.index, slot.base, index, values, param, slot.name)
+    if found is None:
+        return None
+    where, what, shared = found
+    return Piece(Selection.known("elements", new.shape, where).simplest(), what), shared
 
 
 def pack_pieces(pieces: Mapping[str, Piece]) -> dict[str, list[Any]]:
@@ -267,18 +288,16 @@ def _move_one(
         return
     holders = engine.bindings(name)
     old = slot.selection if slot is not None else Selection("none", new.shape)
-    gone = old - new
-    stayed: list[tuple[Tensor, Tensor]] = []  # carried all at once, which finds their places once
-    value, base = new.gather(param.detach()), new.take(param.detach())
+    value = new.gather(param.detach())
     if value.data_ptr() == param.data_ptr():
         value = value.clone()
-    left = None
+    base = value.clone() if value.dtype == param.dtype else new.take(param.detach())
+    stayed: list[tuple[Tensor, Tensor]] = []  # carried all at once, which finds their places once
     if slot is not None:
-        left = Past.left(slot, gone)
-        if state == "keep" and gone.count:
-            _put_aside(engine, slot, gone)
+        if state == "keep":
+            _put_aside(engine, slot, old - new)
         stayed += [(slot.value, value), (slot.base, base)]
-    engine.past.exchange(name, left, new, base)
+    shared = engine.past.exchange(name, slot, new, base)
     states = []
     for binding in holders:
         back = binding.kept.enter(name, new) if state == "keep" else {}
@@ -287,7 +306,7 @@ def _move_one(
         have = {} if state == "reset" or slot is None else binding.state_of(slot.value)
         states.append(
             moved_state(
-                name, have, old, new, value, stayed if old.count > gone.count else None, clock=clock,
+                name, have, old, new, value, stayed if shared else None, clock=clock,
                 own_clocks=binding.own_clocks, back=back,
                 seeds=seeds if state == "seeded" else None,
             )
@@ -300,6 +319,8 @@ def _move_one(
 
 
 def _put_aside(engine: "Engine", slot: Slot, gone: Selection) -> None:
+    if not gone.count:
+        return
     for binding in engine.bindings(slot.name):
         state = binding.state_of(slot.value)
         binding.kept.leave(slot.name, state, slot.value, slot.selection, gone)

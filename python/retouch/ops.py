@@ -29,11 +29,6 @@ _DTYPE_NAMES = {
     torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8",
     torch.bool: "BOOL", torch.complex64: "C64",
 }  # fmt: skip
-# What a kernel that copies bits takes a dtype for.
-_SAME_WIDTH = {
-    torch.float32: torch.float32, torch.int32: torch.float32,
-    torch.bfloat16: torch.bfloat16, torch.float16: torch.float16,
-}  # fmt: skip
 _SIGNED_OF_WIDTH = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _BLOCK = 2**20  # elements of a product that are in memory at once
 _forced = False
@@ -280,37 +275,6 @@ def difference(a: Tensor, b: Tensor) -> Tensor:
 def complement(a: Tensor, length: int) -> Tensor:
     """Positions below `length` that are not in an ascending index."""
     return _tensor(_core.complement(a.cpu().contiguous(), length))
-
-
-def carry_(
-    to: Sequence[Tensor], values: Sequence[Tensor], old: Tensor, new: Tensor, name: str
-) -> None:
-    """Writes values of the positions that two ascending indices share to their places in the second.
-
-    Args:
-        to: Written; flattened, each has one value for each position of `new`.
-        values: For each of `to`; flattened, one value for each position of `old`.
-        old: Positions.
-        new: Positions.
-        name: Of the weight, for errors.
-    """
-    rest: list[tuple[Tensor, Tensor]] = []
-    same: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
-    for pair in zip(to, values, strict=True):
-        a, b = (t.detach() for t in pair)
-        like = _SAME_WIDTH.get(a.dtype)
-        if like is not None and a.dtype == b.dtype and _native(a.view(like), b.view(like)):
-            same.setdefault(like, []).append((a.view(like), b.view(like)))
-        else:
-            rest.append((a, b))
-    for pairs in same.values():
-        _core.carry_([a for a, _ in pairs], [b for _, b in pairs], *_pair(old, new), name)
-        for target, _ in pairs:
-            _written(target)
-    if rest:
-        source, target = places(old, new).long(), places(new, old).long()
-        for a, b in rest:
-            a.view(-1)[target.to(a.device)] = b.reshape(-1)[source.to(b.device)].to(a)
 
 
 # --- moving values -------------------------------------------------------------------------------

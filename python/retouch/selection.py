@@ -58,6 +58,10 @@ class Selection:
         length = self.numel if dim < 0 else shape[dim]
         object.__setattr__(self, "index", _checked(self.index, length, self.numel, self.kind))
 
+    def simplest(self) -> "Selection":
+        """The same coordinates, as "all" or "none" if they are that."""
+        return self if self.index is None else self._like(self.kind, self.index)
+
     @classmethod
     def known(cls, kind: SelectionKind, shape: tuple[int, ...], index: Tensor) -> "Selection":
         """A selection of positions that a kernel has made, on the CPU: nothing is checked."""

@@ -7,6 +7,7 @@ pub mod bits;
 pub mod blend;
 pub mod change;
 pub mod chunk;
+pub mod exchange;
 pub mod gather;
 pub mod lion;
 pub mod made;

@@ -11,7 +11,7 @@ use rayon::prelude::*;
 use std::ops::Range;
 
 /// Positions that share a table of flags, which fits into the nearest cache.
-const SPAN: usize = 1 << 15;
+pub(super) const SPAN: usize = 1 << 15;
 /// Lists that are shorter together are merged.
 const FEW: usize = 1 << 13;
 
@@ -23,14 +23,14 @@ pub fn union<P: Position>(threads: usize, a: &[P], b: &[P]) -> Vec<P> {
         return out;
     }
     let rest = difference(threads, b, a); // now each span knows how many it has
-    let spans = spans(a, &rest);
-    let counts: Vec<usize> = spans.iter().map(|s| s.a.len() + s.b.len()).collect();
+    let spans = spans([a, &rest[..]]);
+    let counts: Vec<usize> = spans.iter().map(|s| s.of[0].len() + s.of[1].len()).collect();
     let mut out = vec![P::new(0); a.len() + rest.len()];
     install(threads, || {
         let work = spans.par_iter().zip(cut(&mut out, &counts));
         work.for_each(|(s, out)| {
             let mut next = out.iter_mut();
-            merge(&a[s.a.clone()], &rest[s.b.clone()], |x| {
+            merge(&a[s.of[0].clone()], &rest[s.of[1].clone()], |x| {
                 if let Some(slot) = next.next() {
                     *slot = x;
                 }
@@ -85,18 +85,18 @@ pub fn carry<P: Position, T: Element>(
         check_len(name, from.len(), old.len())?;
         check_len(name, to.len(), new.len())?;
     }
-    let spans = spans(old, new);
-    let counts: Vec<usize> = spans.iter().map(|s| s.b.len()).collect();
+    let spans = spans([old, new]);
+    let counts: Vec<usize> = spans.iter().map(|s| s.of[1].len()).collect();
     let mut pieces: Vec<Vec<(&[T], &mut [T])>> = spans.iter().map(|_| Vec::new()).collect();
     for (from, to) in pairs {
         for ((s, to), mine) in spans.iter().zip(cut(to, &counts)).zip(&mut pieces) {
-            mine.push((&from[s.a.clone()], to));
+            mine.push((&from[s.of[0].clone()], to));
         }
     }
     install(threads, || {
         let work = spans.par_iter().zip(pieces);
         work.for_each_init(Tables::default, |tables, (s, pairs)| {
-            let matches = tables.matches(s, &old[s.a.clone()], &new[s.b.clone()]);
+            let matches = tables.matches(s, &old[s.of[0].clone()], &new[s.of[1].clone()]);
             for (from, to) in pairs {
                 for [i, j] in matches {
                     to[*j as usize] = from[*i as usize];
@@ -107,22 +107,21 @@ pub fn carry<P: Position, T: Element>(
     Ok(())
 }
 
-/// What lies in one span of positions, of two lists.
-struct Span {
-    first: usize,
-    a: Range<usize>,
-    b: Range<usize>,
+/// What lies in one span of positions, of each of some lists.
+pub(super) struct Span<const N: usize> {
+    pub(super) first: usize,
+    pub(super) of: [Range<usize>; N],
 }
 
-/// The spans in which either list has positions.
-fn spans<P: Position>(a: &[P], b: &[P]) -> Vec<Span> {
-    let (mut spans, mut i, mut j) = (Vec::new(), 0, 0);
-    while let Some(lowest) = a[i..].first().into_iter().chain(b[j..].first()).min() {
+/// The spans in which one of the lists has positions.
+pub(super) fn spans<P: Position, const N: usize>(lists: [&[P]; N]) -> Vec<Span<N>> {
+    let (mut spans, mut at) = (Vec::new(), [0; N]);
+    while let Some(lowest) = lists.iter().zip(at).filter_map(|(list, i)| list.get(i)).min() {
         let first = lowest.at() / SPAN * SPAN;
         let inside = |p: &P| p.at() - first < SPAN;
-        let ends = (i + gallop(&a[i..], inside), j + gallop(&b[j..], inside));
-        spans.push(Span { first, a: i..ends.0, b: j..ends.1 });
-        (i, j) = ends;
+        let of = std::array::from_fn(|n| at[n]..at[n] + gallop(&lists[n][at[n]..], inside));
+        at = std::array::from_fn(|n| of[n].end);
+        spans.push(Span { first, of });
     }
     spans
 }
@@ -137,7 +136,7 @@ fn gallop<P: Position>(list: &[P], before: impl Fn(&P) -> bool) -> usize {
 }
 
 /// `out` in pieces of these lengths.
-fn cut<'a, P>(out: &'a mut [P], counts: &[usize]) -> Vec<&'a mut [P]> {
+pub(super) fn cut<'a, P>(out: &'a mut [P], counts: &[usize]) -> Vec<&'a mut [P]> {
     let mut rest = out;
     let mut next = |n: &usize| {
         let (mine, after) = std::mem::take(&mut rest).split_at_mut(*n);
@@ -152,7 +151,7 @@ fn few<P: Position>(a: &[P], b: &[P]) -> bool {
     a.len() + b.len() < FEW || !ascending(a) || !ascending(b)
 }
 
-fn ascending<P: Position>(a: &[P]) -> bool {
+pub(super) fn ascending<P: Position>(a: &[P]) -> bool {
     a.iter().zip(a.iter().skip(1)).fold(true, |ok, (x, y)| ok & (x < y))
         && a.first().is_none_or(|x| *x >= P::new(0))
 }
@@ -189,12 +188,12 @@ fn sieve<P: Position>(
         }
         return out;
     }
-    let spans = spans(a, b);
+    let spans = spans([a, b]);
     install(threads, || {
-        let count = |tables: &mut Tables, s: &Span| {
-            let flags = tables.flags(s, &b[s.b.clone()]);
-            let found = a[s.a.clone()].iter().filter(|x| flags[x.at() - s.first]).count();
-            if shared { found } else { s.a.len() - found }
+        let count = |tables: &mut Tables, s: &Span<2>| {
+            let flags = tables.flags(s, &b[s.of[1].clone()]);
+            let found = a[s.of[0].clone()].iter().filter(|x| flags[x.at() - s.first]).count();
+            if shared { found } else { s.of[0].len() - found }
         };
         let counts: Vec<usize> = spans.par_iter().map_init(Tables::default, count).collect();
         let mut out = vec![P::new(0); counts.iter().sum()];
@@ -202,10 +201,10 @@ fn sieve<P: Position>(
         work.for_each_init(
             || (Tables::default(), Vec::new()),
             |(tables, room), (s, out)| {
-                let flags = tables.flags(s, &b[s.b.clone()]);
-                room.resize(s.a.len(), P::new(0));
+                let flags = tables.flags(s, &b[s.of[1].clone()]);
+                room.resize(s.of[0].len(), P::new(0));
                 let mut n = 0; // written whether it stays or not: it cannot be predicted
-                for (i, x) in s.a.clone().zip(&a[s.a.clone()]) {
+                for (i, x) in s.of[0].clone().zip(&a[s.of[0].clone()]) {
                     room[n] = put(i, *x);
                     n += usize::from(flags[x.at() - s.first] == shared);
                 }
@@ -226,7 +225,7 @@ struct Tables {
 
 impl Tables {
     /// True at the positions of a list, from the first of the span on.
-    fn flags<P: Position>(&mut self, s: &Span, list: &[P]) -> &[bool] {
+    fn flags<P: Position>(&mut self, s: &Span<2>, list: &[P]) -> &[bool] {
         self.flags.clear();
         self.flags.resize(SPAN, false);
         for x in list {
@@ -236,7 +235,7 @@ impl Tables {
     }
 
     /// The places in either list of what both have.
-    fn matches<P: Position>(&mut self, s: &Span, old: &[P], new: &[P]) -> &[[u32; 2]] {
+    fn matches<P: Position>(&mut self, s: &Span<2>, old: &[P], new: &[P]) -> &[[u32; 2]] {
         self.places.resize(SPAN, 0);
         self.matches.resize(new.len() + 1, [0; 2]);
         for (i, x) in (1..).zip(old) {

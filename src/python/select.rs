@@ -2,6 +2,7 @@
 use super::{array, threads};
 use crate::bridge::{Tensor, disjoint};
 use crate::error::{Error, Result};
+use crate::kernel::exchange::exchange;
 use crate::kernel::made::Made;
 use crate::kernel::select::{self, Order};
 use crate::kernel::{reduce, rng, sets};
@@ -9,6 +10,7 @@ use crate::num::Element;
 use crate::view::{Index, Positions, View, ViewMut};
 use crate::{with_elements, with_index};
 use half::{bf16, f16};
+use numpy::IntoPyArray;
 use pyo3::prelude::*;
 
 pub(super) fn add(m: &Bound<'_, PyModule>) -> PyResult<()> {
@@ -26,6 +28,7 @@ pub(super) fn add(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(places, m)?)?;
     m.add_function(wrap_pyfunction!(complement, m)?)?;
     m.add_function(wrap_pyfunction!(carry_, m)?)?;
+    m.add_function(wrap_pyfunction!(exchange_, m)?)?;
     Ok(())
 }
 
@@ -366,6 +369,65 @@ fn carry_(
         Some(View::BF16(_)) => carry!(BF16),
     }?;
     Ok(())
+}
+
+/// What is put aside of `tensor` when its selection moves from `old` to `new`, each int32 positions with
+/// `..._values`: returns positions, values (those of 16-bit tensors as uint16), and how many positions
+/// stay selected. What comes back is written into `new_values`.
+#[pyfunction]
+#[allow(clippy::too_many_arguments)]
+fn exchange_(
+    py: Python<'_>,
+    mut new_values: Tensor,
+    new: Tensor,
+    old: Tensor,
+    old_values: Tensor,
+    aside: Tensor,
+    aside_values: Tensor,
+    tensor: Tensor,
+    name: String,
+) -> PyResult<(Py<PyAny>, Py<PyAny>, usize)> {
+    let read = [
+        ("new", &new),
+        ("old", &old),
+        ("old_values", &old_values),
+        ("aside", &aside),
+        ("aside_values", &aside_values),
+        (name.as_str(), &tensor),
+    ];
+    disjoint(&[("new_values", &new_values)], &read)?;
+    let threads = threads(py)?;
+    let (Index::Small(i), Index::Small(j), Index::Small(k)) =
+        (aside.index("aside")?, old.index("old")?, new.index("new")?)
+    else {
+        return Err(mixed().into());
+    };
+    let views =
+        (aside_values.view("aside_values")?, old_values.view("old_values")?, tensor.view(&name)?);
+    macro_rules! go {
+        ($u:expr, $v:expr, $t:expr, $w:expr) => {
+            py.allow_threads(|| exchange(threads, &name, $t, (i, $u), (j, $v), (k, $w)))?
+        };
+    }
+    let halves = |bits: Vec<u16>| bits.into_pyarray(py).into_any().unbind();
+    Ok(match (views, new_values.view_mut("new_values")?) {
+        ((View::F32(u), View::F32(v), View::F32(t)), ViewMut::F32(w)) => {
+            let found = go!(u, v, t, w);
+            let values = found.values.into_pyarray(py).into_any().unbind();
+            (array(py, Positions::Small(found.index)), values, found.shared)
+        }
+        ((View::F16(u), View::F16(v), View::F16(t)), ViewMut::F16(w)) => {
+            let found = go!(u, v, t, w);
+            let bits = found.values.into_iter().map(f16::to_bits).collect();
+            (array(py, Positions::Small(found.index)), halves(bits), found.shared)
+        }
+        ((View::BF16(u), View::BF16(v), View::BF16(t)), ViewMut::BF16(w)) => {
+            let found = go!(u, v, t, w);
+            let bits = found.values.into_iter().map(bf16::to_bits).collect();
+            (array(py, Positions::Small(found.index)), halves(bits), found.shared)
+        }
+        _ => return Err(mixed().into()),
+    })
 }
 
 /// Positions below `length` that are not in an ascending index.

@@ -1,6 +1,7 @@
 use proptest::prelude::*;
+use retouch::kernel::exchange::exchange;
 use retouch::kernel::sets::{carry, complement, difference, intersection, places, union};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 fn list(s: impl IntoIterator<Item = i32>) -> Vec<i32> {
     s.into_iter().collect()
@@ -99,4 +100,47 @@ fn carrying_checks_first() {
     assert!(carry(1, "w", &[1i32, 0], &[1, 2], vec![(&from[..], &mut to[..])]).is_err());
     assert!(carry(1, "w", &[-1i32, 0], &[1, 2], vec![(&from[..], &mut to[..])]).is_err());
     assert_eq!(to, [0.0, 0.0]);
+}
+
+#[test]
+fn exchanging_is_by_position() {
+    let n = 400_000;
+    let first = |p: i32| p as f32 * 0.5; // what a position held at first; every third has moved
+    let tensor: Vec<f32> = (0..n).map(|p| first(p) + if p % 3 == 0 { 1.0 } else { 0.0 }).collect();
+    let inside: Vec<Vec<i32>> =
+        long().into_iter().map(|x| x.into_iter().filter(|p| *p < n).collect()).collect();
+    let of = |x: &[i32], sign: f32| x.iter().map(|p| sign * first(*p)).collect::<Vec<f32>>();
+    for old in &inside {
+        for new in &inside {
+            for aside in &inside {
+                let aside = difference(1, aside, old);
+                let (now, then) = (BTreeSet::from_iter(new), BTreeSet::from_iter(old));
+                let mut want: BTreeMap<i32, f32> = aside.iter().map(|p| (*p, -first(*p))).collect();
+                let held: Vec<f32> = new.iter().map(|p| *want.get(p).unwrap_or(&9.5)).collect();
+                want.extend(old.iter().filter(|p| *p % 3 == 0).map(|p| (*p, first(*p))));
+                want.retain(|p, _| !now.contains(p));
+                let mut values = vec![9.5; new.len()];
+                let (a, b) = (of(&aside, -1.0), of(old, 1.0));
+                let (a, b, c) =
+                    ((&aside[..], &a[..]), (&old[..], &b[..]), (&new[..], &mut values[..]));
+                let found = exchange(2, "w", &tensor, a, b, c).unwrap();
+                assert!(values == held);
+                assert!(found.index == list(want.keys().copied()));
+                assert!(found.values == want.values().copied().collect::<Vec<_>>());
+                assert_eq!(found.shared, now.intersection(&then).count());
+            }
+        }
+    }
+}
+
+#[test]
+fn exchanging_checks_first() {
+    let (tensor, mut to) = ([0.0f32; 4], [1.0f32]);
+    let none = (&[][..], &[][..]);
+    let mut go = |old: &[i32], values: &[f32], new: &[i32]| {
+        exchange(1, "w", &tensor, none, (old, values), (new, &mut to[..])).is_err()
+    };
+    assert!(go(&[4], &[0.0], &[0]) && go(&[1], &[], &[0]) && go(&[1], &[0.0], &[-1]));
+    assert!(go(&[1, 1], &[0.0; 2], &[0]) && go(&[1], &[0.0], &[0, 1]) && go(&[], &[], &[9]));
+    assert!(!go(&[3], &[0.0], &[3]));
 }
