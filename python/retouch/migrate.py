@@ -94,8 +94,7 @@ def carry(old: Selection, new: Selection, pairs: Iterable[tuple[Tensor, Tensor]]
     """
     pairs = list(pairs)
     if old.kind == new.kind == "elements" and old.index is not None and new.index is not None:
-        into, values = [b for _, b in pairs], [a for a, _ in pairs]
-        carry_(into, values, old.index, new.index, "the values")
+        carry_([b for _, b in pairs], [a for a, _ in pairs], old.index, new.index, "the values")
         return
     stay = carried(old, new)
     for values, into in pairs:
