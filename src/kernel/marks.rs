@@ -171,8 +171,8 @@ impl Loop for Spread<'_> {
         for (block, word) in blocks.iter_mut().zip(self.words) {
             for (eight, bits) in block.as_chunks_mut::<8>().0.iter_mut().zip(word.to_le_bytes()) {
                 // byte i keeps bit i alone, and the sum carries it to the top of its byte
-                let apart = u64::from(bits) * 0x0101_0101_0101_0101 & 0x8040_2010_0804_0201;
-                let ones = (apart + 0x7f7f_7f7f_7f7f_7f7f) >> 7 & 0x0101_0101_0101_0101;
+                let apart = (u64::from(bits) * 0x0101_0101_0101_0101) & 0x8040_2010_0804_0201;
+                let ones = ((apart + 0x7f7f_7f7f_7f7f_7f7f) >> 7) & 0x0101_0101_0101_0101;
                 *eight = ones.to_le_bytes();
             }
         }

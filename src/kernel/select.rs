@@ -71,15 +71,17 @@ pub fn topk_each<T: Element>(
         if *k > eligible {
             return Err(Error::Budget { k: *k, eligible });
         }
-        groups.push((group, chunks(group), *k));
+        groups.push((group, *k));
     }
     let found: Vec<_> = install(threads, || {
-        let one = |(parts, chunks, k): &(&[(&str, &[T])], Vec<Chunk<'_, T>>, usize)| match absolute
-        {
-            true => placed::<T, true>(parts, chunks, *k, order.ranking()),
-            false => placed::<T, false>(parts, chunks, *k, order.ranking()),
-        };
-        groups.par_iter().map(one).collect()
+        let work = groups.par_iter().map(|(group, k)| {
+            let chunks = chunks(group);
+            match absolute {
+                true => placed::<T, true>(group, &chunks, *k, order.ranking()),
+                false => placed::<T, false>(group, &chunks, *k, order.ranking()),
+            }
+        });
+        work.collect()
     });
     let found: Vec<_> = found.into_iter().collect::<Result<_>>()?; // the first error, not the fastest
     Ok(found.into_iter().flatten().collect())

@@ -111,6 +111,7 @@ fn exchanging_is_by_position() {
         .into_iter()
         .skip(1)
         .step_by(2)
+        .chain([vec![]])
         .map(|x| x.into_iter().filter(|p| *p < n).collect())
         .collect();
     let of = |x: &[i32], sign: f32| x.iter().map(|p| sign * first(*p)).collect::<Vec<f32>>();
