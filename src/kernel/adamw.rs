@@ -116,11 +116,14 @@ impl Factors {
     }
 }
 
+/// So many ages are worked out sooner than it is found out which of them occur.
+const FEW_AGES: usize = 1 << 10;
+
 /// The bias corrections of one step.
 enum Biases {
     /// All coordinates have one age.
     One(Bias),
-    /// By age, counted from `first`; only ages that occur are filled in.
+    /// By age, counted from `first`; of many only those that occur are filled in.
     Table { first: i32, table: Vec<Bias> },
     /// Ages lie further apart than a table should be long: each is worked out where it is met.
     Direct(AdamW),
@@ -151,8 +154,9 @@ impl Biases {
         if span > ages.len().max(CHUNK) {
             return Ok(Biases::Direct(*cfg));
         }
-        let mut occurs = vec![false; span];
-        for age in ages {
+        let few = span <= FEW_AGES;
+        let mut occurs = vec![few; span];
+        for age in if few { &[][..] } else { ages } {
             occurs[(age - first) as usize] = true;
         }
         let table = (first..).zip(occurs).map(|(a, o)| if o { bias(a) } else { Bias::default() });
