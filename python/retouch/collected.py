@@ -45,6 +45,28 @@ class Collected:
             self._step[name] = _zeros(grad)
         ops.accumulate_(self._step[name], grad.detach(), name)
 
+    def borrow(self, grads: Mapping[str, Tensor]) -> None:
+        """Makes one step all that is collected; its gradients stay where they are.
+
+        Nobody may write into them before `restore`. A step with a gradient that is not finite leaves
+        nothing collected.
+
+        Args:
+            grads: By parameter, of its shape.
+        """
+        self.restore(0, {})
+        grads = {n: g.detach().to_dense() if g.is_sparse else g.detach() for n, g in grads.items()}
+        if not ops.finite(list(grads.values()), list(grads)):
+            return
+        for map_, sums in self.sums.items():
+            for name, grad in grads.items():
+                if map_ == "id" and grad.dtype == torch.float32 and grad.is_contiguous():
+                    sums[name] = grad
+                else:
+                    sums[name] = _zeros(grad)
+                    ops.accumulate_(sums[name], grad, name, map=map_)
+        self.steps = 1
+
     def step_done(self, processes: int) -> None:
         """Closes a step: the gradients that were added become one unit.
 
@@ -55,7 +77,7 @@ class Collected:
             for name, param in self._params.items():  # of layers that this process did not use too
                 grad = step.setdefault(name, _zeros(param))
                 dist.all_reduce(grad.div_(processes))
-        if not all(bool(torch.isfinite(grad).all()) for grad in step.values()):
+        if not ops.finite(list(step.values()), list(step)):
             return
         for name, grad in step.items():
             for map_, sums in self.sums.items():
@@ -76,7 +98,8 @@ class Collected:
                 "gradients NaN or infinite, or did the optimizer step without a backward pass?"
             )
         have = self.sums[map_]
-        return {n: have[n].clone() if n in have else _zeros(p) for n, p in like.items()}
+        # A sum has no -0; a gradient that stands for one may.
+        return {n: have[n] + 0.0 if n in have else _zeros(p) for n, p in like.items()}
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint must hold, by key."""

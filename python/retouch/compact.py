@@ -279,23 +279,24 @@ class Engine(Container):
 
     def fill(
         self, name: str, param: nn.Parameter, selection: Selection, value: Tensor, base: Tensor,
-        path: Path, base_hash: str | None = None,
+        path: Path, base_hash: str | None = None, *, owned: bool = False,
     ) -> None:  # fmt: skip
-        """Gives a parameter a slot with these values."""
+        """Gives a parameter a slot with these values; `owned` says that nobody else holds them."""
         parameter = self.value_for(name)
         value = value.detach().to(device=param.device, dtype=parameter.dtype)
         old = self.slots.get(name)
         if old is not None:
             old.unwatch()
         if old is None or old.selection.kind != selection.kind or old.selection != selection:
-            parameter.data = value.clone()
+            parameter.data = value if owned else value.clone()
             parameter.grad = None
             self.reset_state(parameter)
         else:
             with torch.no_grad():
                 parameter.copy_(value)
+        base = base.detach().to(param.device)
         slot = Slot(
-            name, param, selection, parameter, base.detach().to(param.device).clone(),
+            name, param, selection, parameter, base if owned else base.clone(),
             self.hashes.get(name, "") if base_hash is None else base_hash, path,
         )  # fmt: skip
         slot.version = param._version

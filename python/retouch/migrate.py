@@ -5,13 +5,14 @@ and `verify_untouched` know for the whole run what the model was. A coordinate t
 float32 value bit for bit.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from retouch import ops
+from retouch.carrying import carry_, exchange_
 from retouch.eligible import own_parameters
 from retouch.errors import EngineError, FormatError
 from retouch.masks import Mask
@@ -56,8 +57,9 @@ class Piece(NamedTuple):
 
     def only(self, selection: Selection) -> "Piece":
         """The part of it that a smaller selection has."""
-        source, _ = carried(self.selection, selection)
-        return Piece(selection, self.values[source.to(self.values.device)])
+        values = self.values.new_empty(selection.count)
+        carry(self.selection, selection, [(self.values, values)])
+        return Piece(selection, values)
 
     def put_(self, param: Tensor, name: str) -> None:
         """Writes it into its parameter, bit for bit."""
@@ -82,13 +84,29 @@ def carried(old: Selection, new: Selection) -> tuple[Tensor, Tensor]:
     return ops.places(a, b).to(torch.int64), ops.places(b, a).to(torch.int64)
 
 
+def carry(old: Selection, new: Selection, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Copies values of the coordinates in both selections, in place.
+
+    Args:
+        old: A selection.
+        new: A selection of the same parameter.
+        pairs: Of values of `old`, and what they are written to: values of `new`; of any shape.
+    """
+    pairs = list(pairs)
+    if old.kind == new.kind == "elements" and old.index is not None and new.index is not None:
+        carry_([b for _, b in pairs], [a for a, _ in pairs], old.index, new.index, "the values")
+        return
+    stay = carried(old, new)
+    for values, into in pairs:
+        moved_to(values, into, *stay)
+
+
 def merged(a: Piece, b: Piece) -> Piece:
     """Both parts together; where both have a coordinate it is that of `b`."""
     selection = a.selection | b.selection
     values = a.values.new_empty(selection.count)
     for part in (a, b):
-        source, target = carried(part.selection, selection)
-        values[target.to(values.device)] = part.values[source.to(values.device)]
+        carry(part.selection, selection, [(part.values, values)])
     return Piece(selection, values)
 
 
@@ -126,21 +144,63 @@ class Past(dict[str, Piece]):
         """Puts aside one more part of a parameter."""
         self[name] = merged(self[name], part) if name in self else part
 
-    def enter(self, name: str, selection: Selection, base: Tensor) -> None:
-        """Writes the base of coordinates that may move again into `base`, and forgets them."""
-        if name not in self:
-            return
-        part = self[name]
-        moved_to(part.values, base, *carried(part.selection, selection))
-        rest = part.selection - selection
-        if rest.count:
-            self[name] = part.only(rest)
-        else:
-            del self[name]
+    def exchange(self, name: str, slot: Slot | None, new: Selection, base: Tensor) -> int:
+        """Takes up what leaves a selection, and gives back what enters it.
+
+        Args:
+            name: Of the parameter.
+            slot: As it is before it changes; None for a parameter of which nothing was selected.
+            new: The selection from now on.
+            base: Of its values; those that were put aside are written into it, and forgotten.
+
+        Returns:
+            How many coordinates are selected before and after.
+        """
+        held = self.get(name)
+        if slot is not None and slot.selection.kind == new.kind == "elements":
+            if held is None or held.selection.kind == "elements":
+                found = _exchanged(slot, held, new, base)
+                if found is not None:
+                    piece, shared = found
+                    if piece.selection.count:
+                        self[name] = piece
+                    else:
+                        self.pop(name, None)
+                    return shared
+        shared = 0
+        if slot is not None:
+            gone = slot.selection - new
+            shared = slot.selection.count - gone.count
+            self.leave(slot, gone)
+        if name in self:
+            held = self[name]
+            carry(held.selection, new, [(held.values, base)])
+            rest = held.selection - new
+            if not rest.count:
+                del self[name]
+            elif rest.count < held.selection.count:
+                self[name] = held.only(rest)
+        return shared
 
     def put_back(self, name: str, param: Tensor) -> None:
         """Writes the base of a parameter's part into it, and forgets the part."""
         self.pop(name).put_(param, name)
+
+
+def _exchanged(
+    slot: Slot, held: Piece | None, new: Selection, base: Tensor
+) -> tuple[Piece, int] | None:
+    """`Past.exchange` of single coordinates by the kernel; None where it does not take the tensors."""
+    old, param = slot.selection, slot.param.detach()
+    assert old.index is not None and new.index is not None
+    index, values = param.new_empty(0, dtype=old.index.dtype), param.new_empty(0)
+    if held is not None and held.selection.index is not None:
+        index, values = held.selection.index, held.values
+    found = exchange_(base, new.index, old.index, slot.base, index, values, param, slot.name)
+    if found is None:
+        return None
+    where, what, shared = found
+    return Piece(Selection.known("elements", new.shape, where).simplest(), what), shared
 
 
 def pack_pieces(pieces: Mapping[str, Piece]) -> dict[str, list[Any]]:
@@ -227,16 +287,16 @@ def _move_one(
         return
     holders = engine.bindings(name)
     old = slot.selection if slot is not None else Selection("none", new.shape)
-    stay = carried(old, new)
-    value, base = new.gather(param.detach()).clone(), new.take(param.detach())
+    value = new.gather(param.detach())
+    if value.data_ptr() == param.data_ptr():
+        value = value.clone()
+    base = value.clone() if value.dtype == param.dtype else new.take(param.detach())
+    stayed: list[tuple[Tensor, Tensor]] = []  # carried all at once, which finds their places once
     if slot is not None:
-        gone = old - new
-        engine.past.leave(slot, gone)
-        if state == "keep" and gone.count:
-            _put_aside(engine, slot, gone)
-        moved_to(slot.value, value, *stay)
-        moved_to(slot.base, base, *stay)
-    engine.past.enter(name, new, base)
+        if state == "keep":
+            _put_aside(engine, slot, old - new)
+        stayed += [(slot.value, value), (slot.base, base)]
+    shared = engine.past.exchange(name, slot, new, base)
     states = []
     for binding in holders:
         back = binding.kept.enter(name, new) if state == "keep" else {}
@@ -245,17 +305,21 @@ def _move_one(
         have = {} if state == "reset" or slot is None else binding.state_of(slot.value)
         states.append(
             moved_state(
-                name, have, old, new, value, stay, clock=clock, own_clocks=binding.own_clocks,
-                back=back, seeds=seeds if state == "seeded" else None,
+                name, have, old, new, value, stayed if shared else None, clock=clock,
+                own_clocks=binding.own_clocks, back=back,
+                seeds=seeds if state == "seeded" else None,
             )
         )  # fmt: skip
-    engine.fill(name, param, new, value, base, path)
+    carry(old, new, stayed)
+    engine.fill(name, param, new, value, base, path, owned=True)
     for binding, moved in zip(holders, states, strict=True):
         if moved:
             binding.set_state(engine.value_for(name), moved)
 
 
 def _put_aside(engine: "Engine", slot: Slot, gone: Selection) -> None:
+    if not gone.count:
+        return
     for binding in engine.bindings(slot.name):
         state = binding.state_of(slot.value)
         binding.kept.leave(slot.name, state, slot.value, slot.selection, gone)
@@ -324,7 +388,7 @@ def moved_state(
     old: Selection,
     new: Selection,
     like: Tensor,
-    stay: tuple[Tensor, Tensor],
+    stayed: list[tuple[Tensor, Tensor]] | None,
     *,
     clock: Clock,
     own_clocks: bool,
@@ -341,7 +405,8 @@ def moved_state(
         old: Before.
         new: After.
         like: A tensor of the value's new shape, dtype and device.
-        stay: ``carried(old, new)``.
+        stayed: Receives what is still to be carried from the old selection to the new one, see
+            `carry`; None where they have no coordinate in common.
         clock: See `Schedule.clock`.
         own_clocks: Whether the optimizer knows a clock for each coordinate.
         back: State that was put aside.
@@ -353,15 +418,12 @@ def moved_state(
     Raises:
         EngineError: Coordinates of different age would have to share one clock.
     """
-    source, target = stay
-    fresh = torch.ones(new.count, dtype=torch.bool)
-    if state:
-        fresh[target] = False
-    for piece in back.values():
-        fresh[carried(piece.selection, new)[1]] = False
-    newcomers = fresh.nonzero().squeeze(1)
-    sown = seeds(name, new.flat()[newcomers]) if seeds is not None and newcomers.numel() else {}
-    survivors = bool(state) and target.numel() > 0
+    newcomers, sown = torch.empty(0, dtype=torch.int64), dict[str, Tensor]()
+    if seeds is not None:
+        known = [old] if state else []
+        newcomers = _in_none(new, known + [piece.selection for piece in back.values()])
+        sown = seeds(name, new.flat()[newcomers]) if newcomers.numel() else {}
+    survivors = bool(state) and stayed is not None
     if not survivors and not back and not sown:
         return {}
     keys = {k: v for k, v in state.items()}
@@ -369,43 +431,54 @@ def moved_state(
         if key != _VALUE:
             keys.setdefault(key, None)
     moved: State = {}
+    done: set[str] = set()  # those that are as they should be
     for key, item in keys.items():
         scalar = not isinstance(item, Tensor) or item.dim() == 0
         if key == "step" and scalar:
+            done.add(key)
             moved[key] = _clock(
-                name, item, new, target if survivors else None, newcomers, back.get(key),
+                name, item, old if survivors else None, new, newcomers, back.get(key),
                 sown.get(key), clock, own_clocks,
             )  # fmt: skip
             continue
         if item is not None and (scalar or tuple(item.shape) != old.value_shape):
             if scalar:
                 moved[key] = item
+                done.add(key)
                 continue
             return {}  # factored statistics of another set of rows and columns mean nothing here
         dtype = like.dtype if item is None else item.dtype
         fill = torch.zeros(new.value_shape, dtype=dtype, device=like.device)
-        if survivors and item is not None:
-            moved_to(item, fill, source, target)
-        if key in back:
-            piece = back[key]
-            moved_to(piece.values, fill, *carried(piece.selection, new))
-        if key in sown:
-            moved_to(sown[key], fill, torch.arange(newcomers.numel()), newcomers)
+        if survivors and stayed is not None and item is not None:
+            stayed.append((item, fill))
         moved[key] = fill
+    for key, fill in moved.items():
+        if key in back and key not in done:
+            carry(back[key].selection, new, [(back[key].values, fill)])
+        if key in sown and key not in done:
+            moved_to(sown[key], fill, torch.arange(newcomers.numel()), newcomers)
     return moved
 
 
+def _in_none(new: Selection, others: Iterable[Selection]) -> Tensor:
+    """Where among the values of a selection the coordinates stand that no other one has; int64."""
+    fresh = torch.ones(new.count, dtype=torch.bool)
+    for other in others:
+        fresh[carried(other, new)[1]] = False
+    return fresh.nonzero().squeeze(1)
+
+
 def _clock(
-    name: str, item: Any, new: Selection, survivors: Tensor | None, newcomers: Tensor,
+    name: str, item: Any, old: Selection | None, new: Selection, newcomers: Tensor,
     back: Piece | None, sown: Tensor | None, clock: Clock, own_clocks: bool,
 ) -> Any:  # fmt: skip
     """The clock of a value whose coordinates had one clock together."""
     step = 0 if item is None else int(item)
     ages = torch.zeros(new.value_shape, dtype=torch.int32)
-    if survivors is not None:
-        ages.view(-1)[survivors] = step
+    if old is not None:
+        carry(old, new, [(torch.full(old.value_shape, step, dtype=torch.int32), ages)])
     if back is not None:
-        moved_to(back.values, ages, *carried(back.selection, new))
+        carry(back.selection, new, [(back.values, ages)])
     if sown is not None:
         moved_to(sown, ages, torch.arange(newcomers.numel()), newcomers)
     least, most = (int(x) for x in ages.aminmax()) if ages.numel() else (0, 0)

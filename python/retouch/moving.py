@@ -194,10 +194,8 @@ class Mover:
     def _change_now(self) -> None:
         """Selects by the gradients that wait with the weights, and hands them to the selected."""
         assert self._collected is not None
-        for name, candidate in self._masked.items():
-            if candidate.param.grad is not None:
-                self._collected.add(name, candidate.param.grad)
-        self._collected.step_done(1)
+        grads = {name: c.param.grad for name, c in self._masked.items()}
+        self._collected.borrow({n: g for n, g in grads.items() if g is not None})
         self._change()
         slots = self._engine.slots
         for slot in slots.values():

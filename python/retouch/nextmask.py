@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
@@ -16,6 +16,7 @@ from retouch.compact import Engine
 from retouch.config import SelectConfig
 from retouch.eligible import Candidate
 from retouch.errors import EngineError, HyperparameterError
+from retouch.made import Made
 from retouch.masks import Mask
 from retouch.migrate import Seeds
 from retouch.passes import Eligible, LossFn
@@ -52,8 +53,8 @@ class _Pinned(Score):
     """
 
     score: Score
-    first: Mapping[str, Selection]
-    last: Mapping[str, Selection]
+    first: Mapping[str, Selection] = field(repr=False)
+    last: Mapping[str, Selection] = field(repr=False)
     sign: float
 
     def __call__(
@@ -73,6 +74,15 @@ class _Pinned(Score):
                     score.view(-1)[where] = self.sign * value
                     found[name] = score
         return found
+
+    def made(self, eligible: Eligible, data: Any) -> Made | None:
+        """See `Score`."""
+        made = self.score.made(eligible, data)
+        if made is None or (self.first and self.last):
+            return None
+        pinned = self.first or self.last
+        value = self.sign * (math.inf if self.first else -math.inf)
+        return dataclasses.replace(made, pinned={n: s.flat() for n, s in pinned.items()}, pin=value)
 
 
 class NextMask:
@@ -262,7 +272,7 @@ class NextMask:
             found = {"step": torch.full((where.numel(),), steps, dtype=torch.int32)}
             for key, map_, beta in zip(("exp_avg", "exp_avg_sq"), sums, betas, strict=True):
                 flat = sums[map_][name].reshape(-1)
-                mean = flat[where.to(flat.device)] / steps
+                mean = (flat[where.to(flat.device)] + 0.0) / steps  # no -0, as in a sum
                 found[key] = mean * (1 - beta**steps)
             return found
 

@@ -123,6 +123,50 @@ def topk(
     return out
 
 
+def topk_each(
+    scores: Sequence[Sequence[Tensor]],
+    names: Sequence[Sequence[str]],
+    ks: Sequence[int],
+    *,
+    largest: bool = True,
+    absolute: bool = False,
+) -> list[list[Tensor]]:
+    """`topk` of many groups of scores, each with a k of its own, all at once."""
+    flat = [score for group in scores for score in group]
+    if not _native(*flat) or len({s.dtype for s in flat}) > 1:
+        each = zip(scores, names, ks, strict=True)
+        return [topk(s, n, k, largest=largest, absolute=absolute) for s, n, k in each]
+    found = _core.topk_each(
+        [s.detach() for s in flat], [name for group in names for name in group],
+        [len(group) for group in scores], list(ks), largest=largest, absolute=absolute,
+    )  # fmt: skip
+    rest = iter(found)
+    return [[_tensor(next(rest)) for _ in group] for group in scores]
+
+
+def topk_mask(
+    scores: Tensor, name: str, k: int, *, largest: bool = True, absolute: bool = False
+) -> Tensor:
+    """`topk` of one tensor as a bool tensor of its shape: True at the k best."""
+    if _native(scores):
+        chosen = torch.empty(scores.shape, dtype=torch.bool)
+        _core.topk_bytes_(
+            chosen.view(torch.uint8), scores.detach(), name, k, largest=largest, absolute=absolute
+        )
+        return chosen
+    (where,) = topk([scores], [name], k, largest=largest, absolute=absolute)
+    chosen = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
+    chosen[where.long()] = True
+    return chosen.view(scores.shape)
+
+
+def finite(values: Sequence[Tensor], names: Sequence[str]) -> bool:
+    """Whether no value of any tensor is infinite or NaN; `names` are for errors."""
+    if _native(*values) and len({v.dtype for v in values}) <= 1:
+        return _core.finite([v.detach() for v in values], list(names))
+    return all(bool(torch.isfinite(v).all()) for v in values)
+
+
 def topk_rows(
     scores: Tensor, name: str, k: int, *, largest: bool = True, absolute: bool = False
 ) -> Tensor:

@@ -75,7 +75,7 @@ def _part(config: SelectConfig, candidate: Candidate, score: Tensor | None) -> P
             score = ops.uniform(shape, config.seed, name, "cpu")
         return Part(
             name, group, score, candidate.numel,
-            lambda index: {name: plain(Selection("elements", shape, index))},
+            lambda index: {name: plain(_elements(shape, index))},
         )  # fmt: skip
     if config.granularity == "block":
         return _block_part(config, candidate, group, score)
@@ -91,6 +91,11 @@ def _part(config: SelectConfig, candidate: Candidate, score: Tensor | None) -> P
         name, group, values, units, lambda index: {name: _units_selection(index, shape, dims)},
         place,
     )  # fmt: skip
+
+
+def _elements(shape: tuple[int, ...], index: Tensor) -> Selection:
+    index = index.to("cpu", ops.index_dtype(math.prod(shape)))
+    return Selection.known("elements", shape, index)
 
 
 def _siblings(candidate: Candidate) -> tuple[str, str]:

@@ -110,8 +110,11 @@ def _choose(
     _check_columns(config, masked)
     absolute = _ranks_weights_themselves(config, score, masked)
     scores: Mapping[str, Tensor] = {}
+    made = score.made(masked, data) if _ranks_only(config) else None
     if config.direction == "random":
         pass  # a number per unit is enough, see `parts`
+    elif made is not None:
+        scores = made.values
     elif absolute:
         scores = {name: c.param.detach() for name, c in masked.items()}
     else:
@@ -138,6 +141,7 @@ def _choose(
     elif config.quota == "score":
         quotas = _by_score(config, groups)
     chosen: dict[str, Selection] = {}
+    wanted: list[tuple[list[Part], list[str], list[Tensor], int]] = []
     for group, members in groups.items():
         names, values = [p.name for p in members], [p.values for p in members]
         if config.quantile is not None:
@@ -153,7 +157,15 @@ def _choose(
         else:
             k = _number(config, sum(p.units for p in members), group, full)
         _check_positive(config, members, k)
-        picked = ops.topk(values, names, k, largest=largest, absolute=absolute)
+        wanted.append((members, names, values, k))
+    if made is not None:
+        best = made.topk([n for _, n, _, _ in wanted], [k for *_, k in wanted], largest=largest)
+    else:
+        best = ops.topk_each(
+            [v for _, _, v, _ in wanted], [n for _, n, _, _ in wanted], [k for *_, k in wanted],
+            largest=largest, absolute=absolute,
+        )  # fmt: skip
+    for (members, names, values, k), picked in zip(wanted, best, strict=True):
         if config.ties == "all" and k:
             bound = order.worst(values, picked, largest=largest, absolute=absolute)
             picked = ops.threshold(values, names, bound, largest=largest, absolute=absolute)
@@ -242,6 +254,19 @@ def _ranks_weights_themselves(
         and config.granularity == "element"
         and config.direction != "random"
         and len(dtypes) == 1
+    )
+
+
+def _ranks_only(config: SelectConfig) -> bool:
+    """Whether nothing is asked of the scores of elements but which are best."""
+    return (
+        config.granularity == "element"
+        and config.direction in ("top", "bottom")
+        and config.scope in ("global", "layer", "tensor")
+        and config.quota == "size"
+        and config.ties != "all"
+        and config.threshold is None
+        and config.quantile is None
     )
 
 

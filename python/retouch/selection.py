@@ -58,6 +58,18 @@ class Selection:
         length = self.numel if dim < 0 else shape[dim]
         object.__setattr__(self, "index", _checked(self.index, length, self.numel, self.kind))
 
+    def simplest(self) -> "Selection":
+        """The same coordinates, as "all" or "none" if they are that."""
+        return self if self.index is None else self._like(self.kind, self.index)
+
+    @classmethod
+    def known(cls, kind: SelectionKind, shape: tuple[int, ...], index: Tensor) -> "Selection":
+        """A selection of positions that a kernel has made, on the CPU: nothing is checked."""
+        made = object.__new__(cls)
+        for key, value in (("kind", kind), ("shape", shape), ("index", index), ("_moved", {})):
+            object.__setattr__(made, key, value)
+        return made
+
     # --- numbers ---------------------------------------------------------------------------------
 
     @property
@@ -175,7 +187,7 @@ class Selection:
             return Selection("none", self.shape)
         if index.numel() == length:
             return Selection("all", self.shape)
-        return Selection(kind, self.shape, index)
+        return Selection.known(kind, self.shape, index)
 
     # --- values ----------------------------------------------------------------------------------
 

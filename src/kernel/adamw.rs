@@ -117,11 +117,14 @@ impl Factors {
     }
 }
 
+/// So many ages are worked out sooner than it is found out which of them occur.
+const FEW_AGES: usize = 1 << 10;
+
 /// The bias corrections of one step.
 enum Biases {
     /// All coordinates have one age.
     One(Bias),
-    /// By age, counted from `first`; only ages that occur are filled in.
+    /// By age, counted from `first`; of many only those that occur are filled in.
     Table { first: i32, table: Vec<Bias> },
     /// Ages lie further apart than a table should be long: each is worked out where it is met.
     Direct(AdamW),
@@ -152,8 +155,9 @@ impl Biases {
         if span > ages.len().max(CHUNK) {
             return Ok(Biases::Direct(*cfg));
         }
-        let mut occurs = vec![false; span];
-        for age in ages {
+        let few = span <= FEW_AGES;
+        let mut occurs = vec![few; span];
+        for age in if few { &[][..] } else { ages } {
             occurs[(age - first) as usize] = true;
         }
         let table = (first..).zip(occurs).map(|(a, o)| if o { bias(a) } else { Bias::default() });
@@ -290,6 +294,9 @@ struct Rows<'a> {
     gate: Option<Gate<'a>>,
 }
 
+/// Coordinates whose bias corrections are looked up together, so that the rest becomes vector code.
+const LOOKED_UP: usize = 64;
+
 impl Rows<'_> {
     #[inline(always)]
     fn step(mut self, f: Factors, biases: &Biases) {
@@ -299,23 +306,75 @@ impl Rows<'_> {
         for age in self.ages.iter_mut().flat_map(|ages| ages.iter_mut()) {
             *age += 1;
         }
-        let rows = self.value.iter_mut().zip(self.grad).zip(self.m).zip(self.v);
-        match (biases, &self.ages) {
-            (Biases::One(bias), _) => {
+        match biases {
+            Biases::One(bias) => {
+                let rows = self.value.iter_mut().zip(self.grad).zip(&mut *self.m).zip(&mut *self.v);
                 for (((x, g), m), v) in rows {
                     (*x, *m, *v) = f.update(*bias, *x, *g, *m, *v);
                 }
             }
-            (biases, ages) => {
-                for ((((x, g), m), v), age) in rows.zip(ages.iter().flat_map(|a| a.iter())) {
-                    (*x, *m, *v) = f.update(biases.at(*age), *x, *g, *m, *v);
-                }
+            biases => self.by_age(f, biases),
+        }
+    }
+
+    #[inline(always)]
+    fn by_age(&mut self, f: Factors, biases: &Biases) {
+        let (mut roots, mut steps) = ([1.0; LOOKED_UP], [0.0; LOOKED_UP]);
+        let ages = self.ages.iter().flat_map(|ages| ages.chunks(LOOKED_UP));
+        let rows = self.value.chunks_mut(LOOKED_UP).zip(self.grad.chunks(LOOKED_UP));
+        let state = self.m.chunks_mut(LOOKED_UP).zip(self.v.chunks_mut(LOOKED_UP));
+        for (((x, g), (m, v)), ages) in rows.zip(state).zip(ages) {
+            for ((root, step), age) in roots.iter_mut().zip(&mut steps).zip(ages) {
+                Bias { root_bias2: *root, minus_step: *step } = biases.at(*age);
+            }
+            let rows = x.iter_mut().zip(g).zip(m.iter_mut()).zip(v);
+            for ((((x, g), m), v), (root, step)) in rows.zip(roots.iter().zip(&steps)) {
+                let bias = Bias { root_bias2: *root, minus_step: *step };
+                (*x, *m, *v) = f.update(bias, *x, *g, *m, *v);
             }
         }
     }
 
     #[inline(always)]
     fn gated(&mut self, f: Factors, biases: &Biases, open: &[u8], closed: Closed) {
+        // One case for each loop, and a choice between values in it, so that it becomes vector code.
+        match (biases, &self.ages, closed) {
+            (Biases::One(bias), None, Closed::Updated { decay: false }) => {
+                self.chosen(f, *bias, open, |x, _, _, m, v| (x, m, v));
+            }
+            (Biases::One(bias), None, Closed::Updated { decay: true }) => {
+                self.chosen(f, *bias, open, |x, _, _, m, v| (x * f.decay, m, v));
+            }
+            (Biases::One(bias), None, Closed::Frozen) => {
+                self.chosen(f, *bias, open, |x, m, v, _, _| (x, m, v));
+            }
+            (Biases::One(bias), None, Closed::Reset) => {
+                self.chosen(f, *bias, open, |x, _, _, _, _| (x, 0.0, 0.0));
+            }
+            _ => self.gated_by_age(f, biases, open, closed),
+        }
+    }
+
+    /// `shut` gives the closed (x, m, v), of x, m, v before the step and of m and v after it.
+    #[inline(always)]
+    fn chosen(
+        &mut self,
+        f: Factors,
+        bias: Bias,
+        open: &[u8],
+        shut: impl Fn(f32, f32, f32, f32, f32) -> (f32, f32, f32),
+    ) {
+        let rows = self.value.iter_mut().zip(self.grad).zip(&mut *self.m).zip(&mut *self.v);
+        for ((((x, g), m), v), open) in rows.zip(open) {
+            let new = f.update(bias, *x, *g, *m, *v);
+            let old = shut(*x, *m, *v, new.1, new.2);
+            let choose = |new: f32, old: f32| if *open != 0 { new } else { old };
+            (*x, *m, *v) = (choose(new.0, old.0), choose(new.1, old.1), choose(new.2, old.2));
+        }
+    }
+
+    #[inline(always)]
+    fn gated_by_age(&mut self, f: Factors, biases: &Biases, open: &[u8], closed: Closed) {
         let rows = self.value.iter_mut().zip(self.grad).zip(&mut *self.m).zip(&mut *self.v);
         for (i, ((((x, g), m), v), open)) in rows.zip(open).enumerate() {
             let open = *open != 0;

@@ -97,12 +97,11 @@ pub(super) fn bracket<T: Element, const A: bool>(
     let mut next = step / 2;
     let mut start = 0;
     for c in chunks {
-        while next < start + c.scores.len() {
-            let here = c.scores[next - start..].iter().take(NEIGHBOURS);
-            ranks.extend(here.map(|x| ranking.rank(*x)));
+        while next < start + c.len() {
+            ranks.extend(c.some(next - start, NEIGHBOURS).map(|x| ranking.rank(x)));
             next += step;
         }
-        start += c.scores.len();
+        start += c.len();
     }
     let m = ranks.len() as f64;
     let share = k as f64 / total as f64;
@@ -171,8 +170,10 @@ fn histogram<T: Element>(
     // Long enough to outweigh the tables, short enough for their counts of 32 bits.
     let run = chunks.len().div_ceil(64).clamp(16, 1 << 14);
     let fill = |mut sums: Vec<u64>, run: &[Chunk<'_, T>]| {
-        let mut bins = Box::new([[0; BINS]; 2]);
-        run.iter().for_each(|c| wide(Count { scores: c.scores, bins: &mut bins, add }));
+        let (mut bins, mut room) = (Box::new([[0; BINS]; 2]), Vec::new());
+        for c in run {
+            wide(Count { scores: c.scores(&mut room), bins: &mut bins, add });
+        }
         for table in bins.iter() {
             sums.iter_mut().zip(table).for_each(|(s, b)| *s += u64::from(*b));
         }

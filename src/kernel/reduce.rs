@@ -1,8 +1,9 @@
-//! Statistics over many steps: `score += weight * map(value)`, in f32.
-use super::chunk::{CHUNK, Divide, check_len, each};
-use super::wide::{Isa, Loop, wide};
+//! Statistics over many steps: `score += weight * map(value)`, in f32; and whether values are finite.
+use super::chunk::{CHUNK, Divide, check_len, each, install};
+use super::wide::{Isa, Loop, WORD, wide};
 use crate::error::Result;
 use crate::num::Element;
+use rayon::prelude::*;
 
 /// What happens to a value before it is added.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,6 +34,30 @@ pub fn accumulate<T: Element>(
         }
     }
     Ok(())
+}
+
+/// Whether no value of any part is infinite or NaN.
+pub fn finite<T: Element>(threads: usize, parts: &[&[T]]) -> bool {
+    let chunks: Vec<&[T]> = parts.iter().flat_map(|x| x.chunks(CHUNK)).collect();
+    install(threads, || chunks.into_par_iter().all(|x| wide(Finite { x })))
+}
+
+struct Finite<'a, T> {
+    x: &'a [T],
+}
+
+impl<T: Element> Loop for Finite<'_, T> {
+    type Output = bool;
+    #[inline(always)]
+    fn run(self, _: impl Isa) -> bool {
+        let mut tops = [0; WORD];
+        let (blocks, tail) = self.x.as_chunks::<WORD>();
+        for block in blocks {
+            block.iter().zip(&mut tops).for_each(|(x, top)| *top = x.key_abs().max(*top));
+        }
+        tail.iter().for_each(|x| tops[0] = x.key_abs().max(tops[0]));
+        tops.iter().all(|top| *top < T::INFINITY_KEY)
+    }
 }
 
 struct Add<'a, T, F> {

@@ -6,8 +6,9 @@
 //! the bracket missed, or holds too many equal scores to collect, a histogram finds the k-th and the
 //! pass is repeated with a bracket of one value. Nothing is concatenated; beside the result there is
 //! one bit for each score.
-use super::chunk::install;
-use super::marks::{Chunk, blank, chunks, positions, room, words};
+use super::chunk::{check_len, install};
+use super::made::Made;
+use super::marks::{Chunk, blank, bytes, chunks, made_chunks, positions, room, words};
 use super::rank::{Bracket, Ranking, bracket, first_bits, kth_best, nth_best};
 pub use super::rows::topk_rows;
 use super::wide::{Isa, Loop, WORD, wide};
@@ -44,52 +45,177 @@ pub fn topk<T: Element>(
     if k > eligible {
         return Err(Error::Budget { k, eligible });
     }
+    let chunks = chunks(parts);
     install(threads, || match absolute {
-        true => best::<T, true>(parts, eligible, k, order.ranking()),
-        false => best::<T, false>(parts, eligible, k, order.ranking()),
+        true => placed::<T, true>(parts, &chunks, k, order.ranking()),
+        false => placed::<T, false>(parts, &chunks, k, order.ranking()),
     })
 }
 
-fn best<T: Element, const A: bool>(
+/// `topk` of groups of parts: `sizes` says how many parts each has, `ks` how many are its best.
+pub fn topk_each<T: Element>(
+    threads: usize,
     parts: &[(&str, &[T])],
-    total: usize,
+    sizes: &[usize],
+    ks: &[usize],
+    order: Order,
+    absolute: bool,
+) -> Result<Vec<Positions>> {
+    check_len("ks", ks.len(), sizes.len())?;
+    check_len("the parts of all groups", sizes.iter().sum(), parts.len())?;
+    let (mut groups, mut rest) = (Vec::new(), parts);
+    for (size, k) in sizes.iter().zip(ks) {
+        let (group, after) = rest.split_at(*size);
+        rest = after;
+        let eligible = group.iter().map(|(_, x)| x.len()).sum();
+        if *k > eligible {
+            return Err(Error::Budget { k: *k, eligible });
+        }
+        groups.push((group, *k));
+    }
+    let found: Vec<_> = install(threads, || {
+        let work = groups.par_iter().map(|(group, k)| {
+            let chunks = chunks(group);
+            match absolute {
+                true => placed::<T, true>(group, &chunks, *k, order.ranking()),
+                false => placed::<T, false>(group, &chunks, *k, order.ranking()),
+            }
+        });
+        work.collect()
+    });
+    let found: Vec<_> = found.into_iter().collect::<Result<_>>()?; // the first error, not the fastest
+    Ok(found.into_iter().flatten().collect())
+}
+
+/// `topk` of scores that are made of the values of the parts, one `Made` for each part.
+pub fn topk_made<T: Element>(
+    threads: usize,
+    parts: &[(&str, &[T])],
+    made: &[Made<'_, T>],
+    k: usize,
+    order: Order,
+) -> Result<Vec<Positions>> {
+    check_len("what scores are made of", made.len(), parts.len())?;
+    let eligible: usize = parts.iter().map(|(_, x)| x.len()).sum();
+    if k > eligible {
+        return Err(Error::Budget { k, eligible });
+    }
+    let chunks = made_chunks(parts, made);
+    install(threads, || placed::<T, false>(parts, &chunks, k, order.ranking()))
+}
+
+/// The `k` best of one part as a byte for each score, 1 for those and 0 for the rest.
+pub fn topk_bytes<T: Element>(
+    threads: usize,
+    part: (&str, &[T]),
+    k: usize,
+    order: Order,
+    absolute: bool,
+    out: &mut [u8],
+) -> Result<()> {
+    check_len("out", out.len(), part.1.len())?;
+    if k > part.1.len() {
+        return Err(Error::Budget { k, eligible: part.1.len() });
+    }
+    let (parts, chunks) = ([part], chunks(&[part]));
+    install(threads, || match absolute {
+        true => spread::<T, true>(&parts, &chunks, k, order.ranking(), out),
+        false => spread::<T, false>(&parts, &chunks, k, order.ranking(), out),
+    })
+}
+
+fn placed<T: Element, const A: bool>(
+    parts: &[(&str, &[T])],
+    chunks: &[Chunk<'_, T>],
     k: usize,
     ranking: Ranking<A>,
 ) -> Result<Vec<Positions>> {
-    let chunks = chunks(parts);
-    if k == 0 {
-        refuse_nan(parts, &chunks)?;
+    let Some(mut best) = Best::of(parts, chunks, k, ranking)? else {
         return Ok(parts.iter().map(|(_, x)| room(x.len(), 0)).collect());
-    }
-    let mut marks = blank(&chunks);
-    let mut bracket = bracket(&chunks, ranking, total, k);
-    let mut found = survey(&chunks, &mut marks, ranking, bracket);
-    if found.iter().any(|f| f.nan) {
-        refuse_nan(parts, &chunks)?;
-    }
-    if !encloses(&found, bracket, k) {
-        let bound = kth_best(&chunks, ranking, k);
-        bracket = Bracket::of(bound);
-        marks.fill(0);
-        found = survey(&chunks, &mut marks, ranking, bracket);
-    }
-    let bound = bound(&found, bracket, k);
-    let split: Vec<(usize, usize)> = found.par_iter().map(|f| f.split(bound)).collect();
-    let mut ties = k - split.iter().map(|s| s.0).sum::<usize>();
-    let (mut take, mut quota) = (Vec::new(), Vec::new());
-    for (above, equal) in split {
-        let mine = equal.min(ties); // the first chunks take what is still needed
-        ties -= mine;
-        take.push(above + mine);
-        quota.push(mine);
-    }
-    Ok(positions(parts, &chunks, &mut marks, &take, |i, words| {
-        if bracket.is_one() {
-            wide(Ties { scores: chunks[i].scores, words, ranking, bound, ties: quota[i] });
-        } else {
-            found[i].mark(bound, quota[i], words);
+    };
+    let mut marks = std::mem::take(&mut best.marks);
+    Ok(positions(parts, chunks, &mut marks, &best.take, |i, words| best.finish(i, words)))
+}
+
+fn spread<T: Element, const A: bool>(
+    parts: &[(&str, &[T])],
+    chunks: &[Chunk<'_, T>],
+    k: usize,
+    ranking: Ranking<A>,
+    out: &mut [u8],
+) -> Result<()> {
+    let Some(mut best) = Best::of(parts, chunks, k, ranking)? else {
+        out.fill(0);
+        return Ok(());
+    };
+    let mut marks = std::mem::take(&mut best.marks);
+    bytes(chunks, &mut marks, |i, words| best.finish(i, words), out);
+    Ok(())
+}
+
+/// What is known of the k best once the k-th is.
+struct Best<'a, T, const A: bool> {
+    chunks: &'a [Chunk<'a, T>],
+    ranking: Ranking<A>,
+    bracket: Bracket,
+    bound: u32,
+    found: Vec<Found>,
+    /// those above the bracket
+    marks: Vec<u64>,
+    /// how many of each chunk are among the best, and how many of these equal the k-th
+    take: Vec<usize>,
+    quota: Vec<usize>,
+}
+
+impl<'a, T: Element, const A: bool> Best<'a, T, A> {
+    /// None where k is 0.
+    fn of(
+        parts: &[(&str, &[T])],
+        chunks: &'a [Chunk<'a, T>],
+        k: usize,
+        ranking: Ranking<A>,
+    ) -> Result<Option<Self>> {
+        if k == 0 {
+            refuse_nan(parts, chunks)?;
+            return Ok(None);
         }
-    }))
+        let total = chunks.iter().map(Chunk::len).sum();
+        let mut marks = blank(chunks);
+        let mut bracket = bracket(chunks, ranking, total, k);
+        let mut found = survey(chunks, &mut marks, ranking, bracket);
+        if found.iter().any(|f| f.nan) {
+            refuse_nan(parts, chunks)?;
+        }
+        if !encloses(&found, bracket, k) {
+            let bound = kth_best(chunks, ranking, k);
+            bracket = Bracket::of(bound);
+            marks.fill(0);
+            found = survey(chunks, &mut marks, ranking, bracket);
+        }
+        let bound = bound(&found, bracket, k);
+        let split: Vec<(usize, usize)> = found.par_iter().map(|f| f.split(bound)).collect();
+        let mut ties = k - split.iter().map(|s| s.0).sum::<usize>();
+        let (mut take, mut quota) = (Vec::new(), Vec::new());
+        for (above, equal) in split {
+            let mine = equal.min(ties); // the first chunks take what is still needed
+            ties -= mine;
+            take.push(above + mine);
+            quota.push(mine);
+        }
+        Ok(Some(Best { chunks, ranking, bracket, bound, found, marks, take, quota }))
+    }
+
+    /// Marks those of chunk `i` that lie inside of the bracket.
+    fn finish(&self, i: usize, words: &mut [u64]) {
+        let (ranking, bound, ties) = (self.ranking, self.bound, self.quota[i]);
+        if self.bracket.is_one() {
+            let mut room = Vec::new();
+            let scores = if ties > 0 { self.chunks[i].scores(&mut room) } else { &[] };
+            wide(Ties { scores, words, ranking, bound, ties });
+        } else {
+            self.found[i].mark(bound, ties, words);
+        }
+    }
 }
 
 /// What the pass over one chunk found.
@@ -164,14 +290,14 @@ fn survey<T: Element, const A: bool>(
     ranking: Ranking<A>,
     bracket: Bracket,
 ) -> Vec<Found> {
-    let total: usize = chunks.iter().map(|c| c.scores.len()).sum();
-    let room = (1 << 17).max(total / 32); // 6 bytes each
+    let total: usize = chunks.iter().map(Chunk::len).sum();
+    let most = (1 << 17).max(total / 32); // 6 bytes each
     let collected = AtomicUsize::new(0);
     let work = words(marks, chunks).into_par_iter().zip(chunks);
-    work.map(|(words, c)| {
+    work.map_init(Vec::new, |room, (words, c)| {
         // Collecting may stop early, but only where the histogram is asked next anyway.
-        let collect = !bracket.is_one() && collected.load(Relaxed) <= room;
-        let found = wide(Survey { scores: c.scores, words, ranking, bracket, collect });
+        let collect = !bracket.is_one() && collected.load(Relaxed) <= most;
+        let found = wide(Survey { scores: c.scores(room), words, ranking, bracket, collect });
         collected.fetch_add(found.ranks.len(), Relaxed);
         found
     })
@@ -261,7 +387,8 @@ pub(super) fn refuse_nan<T: Element>(
     chunks: &[Chunk<'_, T>],
 ) -> Result<()> {
     let found = chunks.par_iter().find_map_first(|c| {
-        let position = c.scores.iter().position(|x| x.is_nan())?;
+        let mut room = Vec::new();
+        let position = c.scores(&mut room).iter().position(|x| x.is_nan())?;
         Some((c.part, c.first + position))
     });
     match found {

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -10,7 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from retouch import errors, ops
+from retouch.carrying import carry_
+from retouch.made import Made
+from retouch.migrate import Past, Piece
 from retouch.optim import steps
+from retouch.selection import Selection
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -85,6 +90,107 @@ def test_topk_rows(seed, rows, cols, largest):
         one = ops.topk([x[r].contiguous()], ["row"], k, largest=largest)[0]
         mine = [i - r * cols for i in native.tolist() if r * cols <= i < (r + 1) * cols]
         assert mine == one.tolist()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", [0, 1, 40, 120])
+def test_topk_as_a_mask_and_of_groups(dtype, k):
+    parts = scores(k, [120, 200, 70_000], dtype, 3)
+    want = [ops.topk([p], ["p"], k, absolute=True)[0] for p in parts]
+    run = lambda p: ops.topk_mask(p.view(-1, 10), "p", k, absolute=True)  # noqa: E731
+    for masks in both(lambda: [run(p) for p in parts]):
+        for mask, part, positions in zip(masks, parts, want, strict=True):
+            assert mask.dtype == torch.bool and mask.shape == (part.numel() // 10, 10)
+            assert torch.equal(mask.flatten().nonzero().squeeze(1), positions.long())
+    groups = [[parts[0]], parts[1:]]
+    names = [["a"], ["b", "c"]]
+    together = ops.topk(parts[1:], names[1], k + 7, absolute=True)
+    for found in both(lambda: ops.topk_each(groups, names, [k, k + 7], absolute=True)):
+        assert torch.equal(found[0][0], want[0])
+        assert all(torch.equal(a, b) for a, b in zip(found[1], together, strict=True))
+
+
+@pytest.mark.parametrize("pin", [math.inf, -math.inf])
+@pytest.mark.parametrize("over", [True, False])
+@pytest.mark.parametrize("largest", [True, False])
+def test_made_scores_rank_as_filled_ones(over, pin, largest):
+    values = {n: t for n, t in zip("ab", scores(1, [300, 70_000], torch.float32, 50), strict=True)}
+    weights = {n: torch.randn(t.shape) for n, t in values.items()}
+    pinned = {"b": torch.arange(0, 70_000, 111, dtype=torch.int32)}
+    made = Made(values, weights if over else None, 0.125, pinned, pin)
+    filled = {
+        n: (t.abs() / (weights[n].abs() + 0.125) if over else t.abs()) for n, t in values.items()
+    }
+    filled["b"][pinned["b"].long()] = pin
+    ks = (0, 5, 2000, 70_300)
+    want = [ops.topk(list(filled.values()), list("ab"), k, largest=largest) for k in ks]
+    for found in both(lambda: made.topk([["a", "b"]] * len(ks), ks, largest=largest)):
+        for one, other in zip(found, want, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_finite(dtype):
+    parts = [
+        torch.zeros(3, dtype=dtype),
+        torch.full((70_000,), torch.finfo(dtype).max, dtype=dtype),
+    ]
+    assert both(lambda: ops.finite(parts, ["a", "b"])) == (True, True)
+    for bad in (math.inf, -math.inf, math.nan):
+        parts[1][69_999] = bad
+        assert both(lambda: ops.finite(parts, ["a", "b"])) == (False, False)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int32, torch.float64, torch.int64])
+@pytest.mark.parametrize("n", [50, 200_000])
+def test_carry_copies_what_two_indices_share(dtype, n):
+    old, new = (torch.arange(0, n, step, dtype=torch.int32) for step in (2, 3))
+    values = [torch.arange(old.numel()).to(dtype), torch.arange(old.numel(), 0, -1).to(dtype)]
+    dense = [torch.full((n,), 7).to(dtype).index_put_((old.long(),), v) for v in values]
+    shape = (new.numel(), 1)
+
+    def run():
+        to = [torch.full(shape, 7).to(dtype) for _ in values]
+        carry_(to, values, old, new, "w")
+        return to
+
+    for found in both(run):
+        for to, whole in zip(found, dense, strict=True):
+            assert to.shape == shape and torch.equal(to.flatten(), whole[new.long()])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("strides", [(2, 3, 5), (1, 70, 30_001), (7, 7, 2)])
+def test_what_is_put_aside_when_a_selection_moves(dtype, first, strides):
+    n = 100_000
+    base = torch.randn(n, generator=torch.Generator().manual_seed(0)).to(dtype)
+    param = torch.nn.Parameter(base.clone())
+    param.data[::3] += 1  # a third has moved
+    old, new, gone = (torch.arange(i, n, step, dtype=torch.int32) for i, step in enumerate(strides))
+    gone = torch.tensor(sorted({*gone.tolist()} - {*old.tolist()}), dtype=torch.int32)
+    place = lambda index: Selection("elements", (n,), index)  # noqa: E731
+    slot = SimpleNamespace(name="w", param=param, selection=place(old), base=base[old.long()])
+
+    def run():
+        past, values = Past(), torch.full((new.numel(),), 3.0, dtype=dtype)
+        if not first:
+            past.add("w", Piece(place(gone), -base[gone.long()]))
+        return past.exchange("w", slot, place(new), values), past, values
+
+    for shared, past, values in both(run):
+        before = {} if first else {p: -base[p] for p in gone.tolist()}
+        left = {p: base[p] for p in {*old.tolist()} - {*new.tolist()} if p % 3 == 0}
+        assert shared == len({*old.tolist()} & {*new.tolist()})
+        held = torch.tensor([before.get(p, 3.0) for p in new.tolist()]).to(dtype)
+        assert torch.equal(values, held)
+        now = {*new.tolist()}
+        rest = {p: v for p, v in (before | left).items() if p not in now}
+        want = torch.tensor(sorted(rest), dtype=torch.int32)
+        assert ("w" in past) == bool(rest)
+        if rest:
+            assert torch.equal(past["w"].selection.flat(), want)
+            assert torch.equal(past["w"].values, torch.stack([rest[p] for p in want.tolist()]))
 
 
 @pytest.mark.parametrize("largest", [True, False])

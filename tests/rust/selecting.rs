@@ -1,7 +1,11 @@
 use half::{bf16, f16};
 use proptest::prelude::*;
 use retouch::Error;
-use retouch::kernel::select::{Order, threshold, topk, topk_rows};
+use retouch::kernel::made::Made;
+use retouch::kernel::reduce::finite;
+use retouch::kernel::select::{
+    Order, threshold, topk, topk_bytes, topk_each, topk_made, topk_rows,
+};
 use retouch::num::Element;
 use retouch::view::Positions;
 
@@ -230,4 +234,99 @@ fn nan_is_named_with_its_first_position() {
     of(f16::NAN);
     of(bf16::from_bits(0xff81)); // negative, signalling
     assert!(threshold(1, &[("a", &[1.0f32][..])], f32::NAN, Order::Largest, false).is_err());
+}
+
+/// Values over several chunks: many, few and one level, with zeros of both signs.
+fn grids(sizes: &[usize]) -> Vec<Vec<f32>> {
+    let level = |i: usize, levels: usize| {
+        let x = (i.wrapping_mul(2_654_435_761) >> 7) % levels;
+        x as f32 / levels as f32 - 0.5
+    };
+    sizes
+        .iter()
+        .enumerate()
+        .map(|(p, n)| (0..*n).map(|i| level(i, 7 + 5000 * p)).collect())
+        .collect()
+}
+
+#[test]
+fn bytes_and_groups_are_as_positions() {
+    let parts = grids(&[3, 70_000, 65_536, 200_000]);
+    for order in ORDERS {
+        for (absolute, share) in [(true, 0), (true, 5), (false, 3), (true, 1)] {
+            let ks: Vec<usize> = parts.iter().map(|x| x.len() * share / 5).collect();
+            let each = topk_each(2, &named(&parts), &[1; 4], &ks, order, absolute).unwrap();
+            for ((x, k), each) in parts.iter().zip(&ks).zip(each) {
+                let want = topk(1, &[("w", &x[..])], *k, order, absolute).unwrap().remove(0);
+                assert!(each == want);
+                let mut bytes = vec![9; x.len()];
+                topk_bytes(2, ("w", x), *k, order, absolute, &mut bytes).unwrap();
+                let mut expected = vec![0; x.len()];
+                plain(&want).into_iter().for_each(|i| expected[i] = 1);
+                assert!(bytes == expected);
+            }
+        }
+    }
+    let names = named(&parts);
+    let two = topk_each(2, &names, &[3, 1], &[90_000, 7], Order::Largest, true).unwrap();
+    assert!(two[..3] == topk(1, &names[..3], 90_000, Order::Largest, true).unwrap());
+    assert!(two[3..] == topk(1, &names[3..], 7, Order::Largest, true).unwrap());
+    assert!(topk_each(1, &names, &[3, 2], &[1, 1], Order::Largest, true).is_err());
+    assert!(topk_each(1, &names, &[1; 4], &[4, 1, 1, 1], Order::Largest, true).is_err());
+    assert!(topk_bytes(1, names[0], 4, Order::Largest, true, &mut [0; 3]).is_err());
+    assert!(topk_bytes(1, names[0], 1, Order::Largest, true, &mut [0; 2]).is_err());
+}
+
+#[test]
+fn made_scores_are_as_filled_ones() {
+    let (values, divisors) = (grids(&[70_000, 300_000]), grids(&[70_000, 300_000]));
+    let pinned: Vec<Vec<i32>> = vec![(0..70_000).step_by(97).collect(), vec![65_535, 65_536]];
+    for (over, pin) in [(true, f32::INFINITY), (false, f32::NEG_INFINITY), (true, -f32::INFINITY)] {
+        let mut filled = Vec::new();
+        let mut made = Vec::new();
+        for ((x, d), pinned) in values.iter().zip(&divisors).zip(&pinned) {
+            let ratio =
+                |(x, d): (&f32, &f32)| if over { x.abs() / (d.abs() + 0.25) } else { x.abs() };
+            let mut scores: Vec<f32> = x.iter().zip(d).map(ratio).collect();
+            pinned.iter().for_each(|p| scores[*p as usize] = pin);
+            filled.push(scores);
+            let d = over.then_some((&d[..], 0.25));
+            made.push(Made::new("w", x.len(), d, pinned, pin).unwrap());
+        }
+        for k in [0, 1, 900, 30_000, 369_500, 370_000] {
+            for order in ORDERS {
+                let want = topk(1, &named(&filled), k, order, false).unwrap();
+                assert!(topk_made(2, &named(&values), &made, k, order).unwrap() == want, "{k}");
+            }
+        }
+    }
+}
+
+#[test]
+fn made_scores_are_checked() {
+    let (x, short, all) = ([1.0f32, f32::NAN, 0.0], [1.0f32, 2.0], [0.0f32; 3]);
+    assert!(Made::new("w", 3, Some((&short[..], 0.0)), &[], 0.0).is_err());
+    assert!(Made::<f32>::new("w", 3, None, &[3], 0.0).is_err());
+    assert!(Made::<f32>::new("w", 3, None, &[1, 1], 0.0).is_err());
+    let made = |pinned| Made::new("w", 3, Some((&all[..], 0.0)), pinned, 1.0).unwrap();
+    let best = |pinned| topk_made(1, &[("w", &x[..])], &[made(pinned)], 1, Order::Largest);
+    assert!(matches!(best(&[]), Err(Error::NotANumber { position: 1, .. })));
+    assert!(matches!(best(&[1]), Err(Error::NotANumber { position: 2, .. }))); // 0 / 0
+    assert_eq!(plain(&best(&[1, 2]).unwrap()[0]), [0]);
+    assert!(topk_made(1, &[("w", &x[..])], &[], 1, Order::Largest).is_err());
+}
+
+#[test]
+fn finite_sees_every_element() {
+    let mut x = vec![f32::MAX; 70_001];
+    assert!(finite(2, &[&x[..], &[], &[-0.0]]));
+    for bad in [f32::INFINITY, f32::NEG_INFINITY, f32::NAN] {
+        for at in [0, 63, 65_535, 65_536, 70_000] {
+            x[at] = bad;
+            assert!(!finite(2, &[&[1.0], &x[..]]), "{at}");
+            x[at] = 0.0;
+        }
+    }
+    assert!(!finite(1, &[&[f16::INFINITY][..]]) && finite(1, &[&[f16::MAX][..]]));
+    assert!(!finite(1, &[&[bf16::NAN][..]]));
 }

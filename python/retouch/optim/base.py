@@ -156,7 +156,9 @@ class Fused(Optimizer):
                     self._update(at, param, param.grad, group)
                     if group["pull"]:  # the engine then writes the weight, once more
                         param.lerp_(at.base(param), group["pull"])
-                    elif slot is not None and at.elements and self._scatters:
+                    elif slot is not None and self._scatters:
+                        if not at.elements:
+                            slot.write()  # now, while the value is in the cache
                         slot.wrote()
         return loss
 

@@ -305,6 +305,186 @@ class TopK(_Policed):
     def _open(self, grad: Tensor, name: str) -> Tensor:
         total = grad.numel()
         k = min(total, max(1, math.floor(Fraction(str(self.density)) * total)))
+        return ops.topk_mask(grad, f"the gradient of {name}", k, absolute=True)
+
+    def close_(self, grad: Tensor, name: str) -> None:
+        """With `each_backward`: sets what is closed of the gradient of a weight to 0."""
+        raise AssertionError("a subclass that closes after backward passes says how")
+
+    def choose(self, at: Moment) -> Opening:
+        """Which coordinates move in this step."""
+        raise AssertionError("a subclass chooses")
+
+
+@dataclass(frozen=True)
+class _Policed(Gate):
+    """A gate under any policy."""
+
+    policy: Policy = dataclasses.field(default="P1", kw_only=True)
+    leaky: bool = dataclasses.field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.policy not in _CLOSES:
+            raise HyperparameterError(
+                f"policy must be one of {', '.join(_CLOSES)}, got {self.policy!r}"
+            )
+        if self.leaky != (self.policy == "P0"):
+            raise HyperparameterError(
+                f"{type(self).__name__} with policy {self.policy}: P0 moves closed coordinates by "
+                "momentum and decay and must be asked for with leaky=True; no other policy leaks"
+            )
+
+    @property
+    def closes(self) -> str:
+        """As the policy says."""
+        return _CLOSES[self.policy]
+
+    @property
+    def shared_clock(self) -> bool:
+        """As the policy says."""
+        return self.policy not in ("P2", "P3")
+
+
+def _fraction(gate: Gate, field: str, *, zero: bool = False, one: bool = True) -> None:
+    value = getattr(gate, field)
+    if not ((0 <= value if zero else 0 < value) and (value <= 1 if one else value < 1)):
+        wanted = f"{'[' if zero else '('}0, 1{']' if one else ')'}"
+        raise HyperparameterError(
+            f"{field} of {type(gate).__name__} must be in {wanted}, got {value}"
+        )
+
+
+def _one_of(gate: Gate, field: str, *values: str) -> None:
+    value = getattr(gate, field)
+    if value not in values:
+        raise HyperparameterError(
+            f"{field} of {type(gate).__name__} must be one of {', '.join(values)}, got {value!r}"
+        )
+
+
+@dataclass(frozen=True)
+class Cautious(Gate):
+    """Moves where the step goes against the gradient (Liang et al., arXiv 2411.16085); P1.
+
+    Attributes:
+        scale: What makes up for closed coordinates: "released" `1 / max(mean(open), 1e-3)`, as the
+            authors' code does now; "paper" `n / (sum(open) + 1)`; "none".
+        decay_closed: Closed coordinates decay, as in the source.
+    """
+
+    kind: ClassVar[str] = "cautious"
+    scale: str = "released"
+    decay_closed: bool = True
+
+    def __post_init__(self) -> None:
+        _one_of(self, "scale", "released", "paper", "none")
+
+    @property
+    def decays(self) -> bool:
+        """As `decay_closed` says."""
+        return self.decay_closed
+
+    def choose(self, at: Moment) -> Opening:
+        """Opens where the step goes against the gradient."""
+        opened = at.mean().mul_(at.grad) > 0
+        count, total = int(torch.count_nonzero(opened)), opened.numel()
+        scale = 1.0
+        if self.scale == "released":
+            scale = 1 / max(count / max(total, 1), 1e-3)
+        elif self.scale == "paper":
+            scale = total / (count + 1)
+        return Opening(opened, scale)
+
+
+@dataclass(frozen=True)
+class AlphaAdam(Gate):
+    """Moves where momentum and gradient agree, scaled up (Chang et al., arXiv 2501.18094); P1.
+
+    The text of the paper could not be read in full; what it leaves open is an option here.
+
+    Attributes:
+        history: Compare with the momentum before this gradient was mixed in, else after (then the
+            mask is that of `Cautious`). A coordinate without history is open.
+        alpha: The factor of the step: "l2" `clip(|u| / (|open * u| + 1e-8), 1, alpha_max)` with
+            AdamW's direction u; "count" `1 / max(mean(open), 1e-3)`; "none".
+        alpha_max: Bound of the "l2" factor.
+        decay_closed: Closed coordinates decay.
+    """
+
+    kind: ClassVar[str] = "alphaadam"
+    history: bool = True
+    alpha: str = "l2"
+    alpha_max: float = math.inf
+    decay_closed: bool = True
+
+    def __post_init__(self) -> None:
+        _one_of(self, "alpha", "l2", "count", "none")
+        if not self.alpha_max >= 1:
+            raise HyperparameterError(f"alpha_max must be at least 1, got {self.alpha_max}")
+
+    @property
+    def decays(self) -> bool:
+        """As `decay_closed` says."""
+        return self.decay_closed
+
+    def choose(self, at: Moment) -> Opening:
+        """Opens where momentum and gradient have one sign."""
+        if self.history:
+            opened = at.state["exp_avg"] * at.grad > 0
+            if isinstance(at.step, Tensor):
+                opened |= at.step == 1
+            elif at.step == 1:
+                opened = torch.ones_like(opened)
+        else:
+            opened = at.mean().mul_(at.grad) > 0
+        scale = 1.0
+        if self.alpha == "l2":
+            u = at.direction()
+            kept = float(torch.where(opened, u, 0.0).norm())
+            scale = min(max(float(u.norm()) / (kept + 1e-8), 1.0), self.alpha_max)
+        elif self.alpha == "count":
+            scale = 1 / max(int(torch.count_nonzero(opened)) / max(opened.numel(), 1), 1e-3)
+        return Opening(opened, scale)
+
+
+@dataclass(frozen=True)
+class TopK(_Policed):
+    """Moves the largest gradients of each tensor: Gradient-Mask Tuning (arXiv 2406.15330).
+
+    Exactly `max(1, floor(density * n))` of the n selected, ties to the lowest position. The gradient
+    is that of the whole optimizer step, as in the paper. With `per="backward"` what is closed is set
+    to 0 after every micro-batch, in the sum that has come until then, so that an early one decides
+    what later ones can add to; for compact values of a wrapped model, and before clipping.
+
+    Attributes:
+        density: Fraction that moves, in (0, 1].
+        per: "step", or "backward".
+        policy: What becomes of closed coordinates, see the module.
+        leaky: Needed for P0.
+    """
+
+    kind: ClassVar[str] = "topk"
+    density: float = 0.2
+    per: str = "step"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _fraction(self, "density")
+        _one_of(self, "per", "step", "backward")
+        if self.each_backward and self.policy != "P0":
+            raise HyperparameterError(
+                "TopK with per='backward' takes gradients for 0 while they add up, which is policy "
+                "P0: set policy='P0', leaky=True"
+            )
+
+    @property
+    def each_backward(self) -> bool:
+        """As `per` says."""
+        return self.per == "backward"
+
+    def _open(self, grad: Tensor, name: str) -> Tensor:
+        total = grad.numel()
+        k = min(total, max(1, math.floor(Fraction(str(self.density)) * total)))
         (chosen,) = ops.topk([grad], [f"the gradient of {name}"], k, absolute=True)
         opened = torch.zeros(total, dtype=torch.bool, device=grad.device)
         opened[chosen.long()] = True
@@ -313,7 +493,7 @@ class TopK(_Policed):
     def close_(self, grad: Tensor, name: str) -> None:
         """Keeps the k largest of a running gradient."""
         # `GradScaler` looks for infinities and skips the step
-        if bool(torch.isfinite(grad).all()):
+        if ops.finite([grad], [name]):
             grad.masked_fill_(~self._open(grad, name), 0.0)
 
     def choose(self, at: Moment) -> Opening:

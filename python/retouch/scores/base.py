@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from retouch.errors import HyperparameterError, ScoreError
+from retouch.made import Made
 from retouch.names import CUSTOM, name_of_score, score_named
 from retouch.names import register_score as register
 from retouch.passes import Eligible, LossFn
@@ -53,6 +54,18 @@ class Score(ABC):
         Returns:
             Float32 tensors of the parameters' shapes, larger = more important.
         """
+
+    def made(self, eligible: Eligible, data: Any) -> Made | None:
+        """The scores as what a kernel can make while it ranks them.
+
+        Args:
+            eligible: What is to be scored.
+            data: As for a call; mostly `retouch.collected.Collected`.
+
+        Returns:
+            What ranks as the scores of a call do; None, the default, where only a call gives them.
+        """
+        return None
 
     def to_dict(self) -> Any:
         """JSON-able: ``name`` and the fields, which `SelectConfig` reads back."""

@@ -1,7 +1,7 @@
 """Scores from gradients."""
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -12,6 +12,7 @@ from retouch.batches import Batches, to_device
 from retouch.collected import Collected
 from retouch.eligible import own_parameters
 from retouch.errors import HyperparameterError, ScoreError
+from retouch.made import Made
 from retouch.names import register_score as register
 from retouch.passes import Eligible, LossFn, gradients, loss_of
 from retouch.persample import SampleGradients
@@ -160,6 +161,19 @@ class Gradient(GradStat):
 
     post: Literal["id", "abs", "sqrt"] = "abs"
 
+    def made(self, eligible: Eligible, data: Any) -> Made | None:
+        """Of the gradients of the training, which are collected already."""
+        return self._sums(eligible, data) if type(self) is Gradient else None
+
+    def _sums(self, eligible: Eligible, data: Any) -> Made | None:
+        plain = (self.level, self.map, self.outer, self.post) == ("batch", "id", "sum", "abs")
+        if not (plain and isinstance(data, Collected) and data.steps):
+            return None
+        have = data.sums["id"]
+        if not all(n in have and have[n].dtype == torch.float32 for n in eligible):
+            return None
+        return Made({name: have[name] for name in eligible})
+
 
 @register("fisher")
 @dataclass(frozen=True)
@@ -267,6 +281,16 @@ class D3(Gradient):
             size = eligible[name].param.detach().abs().to(total.dtype)
             total.div_(size.add_(self.eps).pow_(self.exponent))
         return sums
+
+    def made(self, eligible: Eligible, data: Any) -> Made | None:
+        """Of the gradients of the training, with the exponents 0 and 1."""
+        made = self._sums(eligible, data) if type(self) is D3 else None
+        weights = {name: c.param.detach() for name, c in eligible.items()}
+        if made is None or self.exponent == 0:
+            return made
+        if self.exponent != 1 or any(w.dtype != torch.float32 for w in weights.values()):
+            return None
+        return replace(made, divisors=weights, offset=self.eps)
 
 
 def _report_unreached(names: set[str]) -> None:
