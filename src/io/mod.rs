@@ -22,6 +22,13 @@ pub const SINGLE: &str = "model.safetensors";
 /// The name of the index of a sharded checkpoint folder.
 pub const INDEX: &str = "model.safetensors.index.json";
 
+/// BLAKE3 of a file, in hex: what `b3sum` prints. On the calling thread.
+pub fn file_hash(path: &Path) -> Result<String> {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update_mmap(path).map_err(os(path))?;
+    Ok(hasher.finalize().to_hex().to_string())
+}
+
 /// Names the path in an error of the operating system.
 pub(crate) fn os(path: &Path) -> impl FnOnce(std::io::Error) -> Error + '_ {
     move |source| Error::Io { path: path.to_path_buf(), source }

@@ -1,12 +1,15 @@
 //! Bits of any tensor: what differs, and the fingerprint. Tensors come as their raw bytes (uint8).
 use super::{array, threads};
 use crate::bridge::Tensor;
+use crate::io;
 use crate::kernel::bits;
 use pyo3::prelude::*;
+use std::path::PathBuf;
 
 pub(super) fn add(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(diff, m)?)?;
     m.add_function(wrap_pyfunction!(fingerprint, m)?)?;
+    m.add_function(wrap_pyfunction!(file_hash, m)?)?;
     Ok(())
 }
 
@@ -23,6 +26,12 @@ fn diff(
     let (a, b) = (base.bytes(&name)?, tuned.bytes(&name)?);
     let positions = py.allow_threads(|| bits::diff(threads, width, a, b))?;
     Ok(array(py, positions))
+}
+
+/// BLAKE3 of a file (64 hex digits, as `b3sum` prints them).
+#[pyfunction]
+fn file_hash(py: Python<'_>, path: PathBuf) -> PyResult<String> {
+    Ok(py.allow_threads(|| io::file_hash(&path))?)
 }
 
 /// The hash of a tensor, as if the elements at `index` were `values`.

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retouch import errors, ops
+from retouch import _core, errors, ops
 from retouch.carrying import carry_
 from retouch.made import Made
 from retouch.migrate import Past, Piece
@@ -453,6 +453,25 @@ def test_diff_sees_zeros_of_either_sign_and_payloads_of_nan():
     tuned = torch.tensor([-0.0, math.nan, math.nan, 1.0])
     tuned.view(torch.int32)[2] += 1
     assert ops.diff(base, tuned, "w").tolist() == [0, 2]
+
+
+def test_a_file_has_the_hash_that_b3sum_prints(tmp_path):
+    """Published values: of nothing, and of "abc"."""
+    known = {
+        b"": "af1349b9f5f9a1a6a0404dea36dcc9499bcb25c9adc112b7cc9a93cae41f3262",
+        b"abc": "6437b3ac38465133ffb63b75273a8db548c558465d79db03fd359c6cd5bd9d85",
+    }
+    for data, want in known.items():
+        (tmp_path / "x").write_bytes(data)
+        assert _core.file_hash(tmp_path / "x") == want
+    large = bytearray(range(256)) * 1000  # a map of the file, not a buffer
+    (tmp_path / "x").write_bytes(large)
+    first = _core.file_hash(tmp_path / "x")
+    large[-1] ^= 1
+    (tmp_path / "x").write_bytes(large)
+    assert _core.file_hash(tmp_path / "x") != first
+    with pytest.raises(FileNotFoundError, match="missing"):
+        _core.file_hash(tmp_path / "missing")
 
 
 def test_fingerprint():

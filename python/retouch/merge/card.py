@@ -1,9 +1,7 @@
 """The model card of a merge: everything that is needed to make it again."""
 
-import hashlib
 import json
 import os
-import threading
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any, Self
 import torch
 import yaml  # type: ignore[import-untyped]
 
+from retouch import _core
 from retouch.merge.base import Method
 from retouch.merge.document import MergeConfig
 from retouch.merge.plan import Plan, TensorPlan
@@ -20,37 +19,28 @@ __all__ = ["InputHashes", "card", "parameter_rows"]
 
 
 class InputHashes:
-    """SHA-256 of the files of weights, taken by threads beside the merge; leaving it stops them.
+    """BLAKE3 of the files of weights (what `b3sum` prints), taken by threads beside the merge.
 
     Args:
         sources: A folder or one file, by source id.
     """
 
     def __init__(self, sources: Mapping[str, Path]) -> None:
-        self._stop = threading.Event()
         # as many as the merge has: between its tensors it waits for memory and disk
         self._pool = ThreadPoolExecutor(torch.get_num_threads())
         files = {id: _weights(folder) for id, folder in sources.items()}
         each = {f for found in files.values() for f in found}
-        sums = {file: self._pool.submit(self._sum, file) for file in sorted(each)}
-        self._of = {id: {f.name: sums[f] for f in found} for id, found in files.items()}
+        hashes = {file: self._pool.submit(_core.file_hash, file) for file in sorted(each)}
+        self._of = {id: {f.name: hashes[f] for f in found} for id, found in files.items()}
 
     def of(self, source: str) -> dict[str, str]:
-        """The sums of a source by name of file, as soon as they are known."""
-        return {name: sum.result() for name, sum in self._of[source].items()}
-
-    def _sum(self, file: Path) -> str:
-        sum, buffer = hashlib.sha256(), memoryview(bytearray(1 << 18))
-        with file.open("rb", buffering=0) as opened:
-            while (n := opened.readinto(buffer)) and not self._stop.is_set():
-                sum.update(buffer[:n])
-        return sum.hexdigest()
+        """The hashes of a source by name of file, as soon as they are known."""
+        return {name: hash.result() for name, hash in self._of[source].items()}
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stop.set()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
@@ -90,7 +80,7 @@ def card(
         config: What was asked for.
         method: Its method.
         plan: What it became.
-        inputs: The sums of its sources.
+        inputs: The hashes of its sources.
         versions: Of the packages that had a part in it.
         name: Of the model.
 
@@ -105,7 +95,7 @@ def card(
     recipe = {
         "dialect": plan.dialect, "seed": plan.seed, "dtype": plan.dtype, "out_dtype": plan.out_dtype,
         "versions": dict(versions),
-        "inputs": {id: {"kind": s.kind, "sha256": inputs.of(id)} for id, s in _sources(plan)},
+        "inputs": {id: {"kind": s.kind, "blake3": inputs.of(id)} for id, s in _sources(plan)},
     }  # fmt: skip
     lines = ["---", yaml.safe_dump(head, sort_keys=False).rstrip(), "---", f"# {name}", ""]
     lines += [
