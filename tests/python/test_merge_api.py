@@ -264,6 +264,8 @@ def test_command_line(models: dict[str, Path], tmp_path: Path) -> None:
     assert code == 2 and err.startswith("error: ")
     code, out, _ = run("merge", file, "-o", tmp_path / "out", "--overwrite", "--json")
     assert code == 0 and json.loads(out)["report"]["warnings"] == []
+    code, _, err = run("merge", file, "--dialect", "papr")
+    assert code == 2 and "no dialect 'papr'" in err and "did you mean 'paper'" in err
     file.write_text(file.read_text().replace("weight", "wieght"))
     code, _, err = run("merge", file)
     assert code == 2 and "did you mean 'weight'" in err and len(err.strip().splitlines()) == 1

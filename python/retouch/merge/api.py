@@ -14,7 +14,7 @@ from retouch import hub
 from retouch._core import __version__
 from retouch.errors import HyperparameterError
 from retouch.merge.adapterfolder import merge_adapters
-from retouch.merge.base import method_named
+from retouch.merge.base import method_named, method_names
 from retouch.merge.card import InputHashes, card
 from retouch.merge.document import MergeConfig, ModelRef
 from retouch.merge.engine import Progress, Result, run
@@ -26,6 +26,7 @@ from retouch.merge.report import REPORT, Report, survey
 from retouch.merge.resolve import Resolved, resolve
 from retouch.merge.sources import Checkpoint, Reader, open_sources
 from retouch.merge.tokens import AlignedReader, Vocabulary, align
+from retouch.names import close_to
 from retouch.roles import EMBEDDING, role
 
 __all__ = ["Merged", "Prepared", "merge", "prepare"]
@@ -134,6 +135,7 @@ def merge(
         document = _listed(config, method, base, parameters, shared, dtype, out_dtype)
         method = base = parameters = shared = dtype = out_dtype = None
         chosen = dialect
+    _check_dialect(chosen)
     if any(value is not None for value in (method, base, parameters, shared, dtype, out_dtype)):
         raise HyperparameterError(
             "method, base, parameters, shared, dtype and out_dtype go with a list of models; "
@@ -196,6 +198,7 @@ def prepare(
         BaseMismatchError: Models that do not fit together.
         FileNotFoundError: There is no such model.
     """
+    _check_dialect(dialect)
     method = method_named(config.method)
     if isinstance(method, FactorMethod) and config.base_model is None:
         raise HyperparameterError(
@@ -311,6 +314,15 @@ def _versions() -> dict[str, str]:
     return {
         "retouch": __version__, "torch": str(torch.__version__), "python": platform.python_version(),
     }  # fmt: skip
+
+
+def _check_dialect(dialect: str | None) -> None:
+    """Refuses a word that is no method's dialect; a method that has not this one takes its default."""
+    known = sorted({d for name in method_names() for d in method_named(name).dialects})
+    if dialect is not None and dialect not in known:
+        raise HyperparameterError(
+            f"there is no dialect {dialect!r}; methods have {', '.join(known)}{close_to(dialect, known)}"
+        )
 
 
 def _listed(
