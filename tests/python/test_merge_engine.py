@@ -339,8 +339,9 @@ def test_adapters_are_widened(checkpoints, tmp_path):
 
 def test_a_killed_merge_leaves_nothing_under_its_name(checkpoints, tmp_path):
     script = textwrap.dedent("""
-        import sys, time
+        import signal, sys, time
         from retouch.merge import build, run
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
         root, out = sys.argv[1:]
         plan = build("task_arithmetic", [f"{root}/a", f"{root}/b"], base=f"{root}/base")
         def progress(done, total, name):

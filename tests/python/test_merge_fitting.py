@@ -173,6 +173,9 @@ def test_refusals_leave_the_model_as_it_was():
     refused(ScoreError, "the data of a have no batch", delta, {"a": []})
     nan = lambda model, batch: model(**batch).loss * float("nan")  # noqa: E731
     refused(ScoreError, "the loss of a is nan at step 0", delta, batches, loss_fn=nan)
+    refused(
+        HyperparameterError, "change nothing", {"d": retouch.Delta.between(model, model)}, batches
+    )
     elsewhere = {"d": retouch.Delta.between({"x": torch.zeros(2)}, {"x": torch.ones(2)})}
     refused(LayoutError, "x is no float parameter of LlamaForCausalLM", elsewhere, batches)
     other = {"d": retouch.Delta.between(tuned(1), tuned(2))}

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from retouch.batches import Batches
+from retouch.batches import Batches, to_device
 from retouch.config import SelectConfig
 from retouch.delta import Delta
 from retouch.eligible import Candidate, candidates
@@ -125,6 +125,9 @@ def fit_weights(
     if steps < 1 or not lr > 0:
         raise HyperparameterError(f"steps={steps}, lr={lr}; wanted a step and a rate above 0")
     merge = _Merge(model, deltas, level, init)
+    if not merge.touched:
+        raise HyperparameterError("the deltas change nothing: there is nothing to weigh")
+    device = next(iter(merge.touched.values())).param.device
     streams = {task: _forever(task, batches) for task, batches in data.items()}
     adam = torch.optim.Adam([merge.weights], lr=lr)
     losses: list[float] = []
@@ -136,7 +139,7 @@ def fit_weights(
             total = 0.0
             for task, stream in streams.items():
                 with gradients(model, merge.touched, merge.take, False):
-                    loss = measure(model, next(stream))
+                    loss = measure(model, to_device(next(stream), device))
                     if not bool(torch.isfinite(loss)):
                         raise ScoreError(f"the loss of {task} is {loss.item()} at step {step}")
                     loss.backward()
