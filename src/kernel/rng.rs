@@ -3,13 +3,13 @@
 //! A number is a function of (seed, stream, position) and of nothing before it, so any range can be
 //! made by any thread, in any order, with the same result.
 use super::chunk::{CHUNK, Divide, each};
-use super::wide::{Isa, Loop, wide};
+use super::wide::{Isa, Loop, WORD, wide};
 
 const MULTIPLY: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
 const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
 
-/// Blocks computed together.
-const LANES: usize = 16;
+/// Blocks computed together: they have the numbers of one word of bits.
+const LANES: usize = WORD / 4;
 
 /// Philox4x32-10: four random words for a counter and a key.
 #[inline(always)]
@@ -48,6 +48,61 @@ pub(super) fn fill(seed: u64, stream: u64, first: usize, out: &mut [f32]) {
         head.iter_mut().zip(&words[skip..]).for_each(|(out, word)| *out = unit(*word));
     }
     groups(seed, stream, first + head.len(), rest);
+}
+
+/// One bit for each position: set where the uniform number is below `share`. Word i has the positions from
+/// 64 i on, as little-endian bytes.
+pub fn draw(threads: usize, seed: u64, stream: u64, share: f32, out: &mut [u8]) {
+    let (out, _) = out.as_chunks_mut();
+    let work = Bits { first: 0, out };
+    each(threads, CHUNK / WORD, work, |bits| wide(Draw { seed, stream, share, bits }));
+}
+
+/// The bits of the positions from `64 * word` on.
+#[inline(always)]
+pub(super) fn bits(isa: impl Isa, seed: u64, stream: u64, share: f32, word: usize) -> u64 {
+    // A number is the upper 24 bits of a word by 2^24: below `share` are the words below this limit.
+    let limit = (f64::from(share) * 16_777_216.0).ceil() as u64 * 256;
+    if limit == 0 {
+        return 0;
+    }
+    let mut words = [[0; 4]; LANES];
+    side_by_side(seed, stream, (word * LANES) as u64, &mut words);
+    let Some(words) = words.as_flattened().first_chunk() else { return 0 };
+    !isa.above(words, u32::try_from(limit - 1).unwrap_or(u32::MAX))
+}
+
+struct Draw<'a> {
+    seed: u64,
+    stream: u64,
+    share: f32,
+    bits: Bits<'a>,
+}
+
+impl Loop for Draw<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run(self, isa: impl Isa) {
+        let Draw { seed, stream, share, bits: Bits { first, out } } = self;
+        for (i, out) in out.iter_mut().enumerate() {
+            *out = bits(isa, seed, stream, share, first + i).to_le_bytes();
+        }
+    }
+}
+
+struct Bits<'a> {
+    first: usize,
+    out: &'a mut [[u8; 8]],
+}
+
+impl Divide for Bits<'_> {
+    fn len(&self) -> usize {
+        self.out.len()
+    }
+    fn divide(self, at: usize) -> (Self, Self) {
+        let (a, b) = self.out.split_at_mut(at);
+        (Bits { first: self.first, out: a }, Bits { first: self.first + at, out: b })
+    }
 }
 
 /// A word as a number in [0, 1).

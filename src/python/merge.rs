@@ -16,6 +16,7 @@ use std::sync::{Mutex, PoisonError};
 pub(super) fn add(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(blend_, m)?)?;
     m.add_function(wrap_pyfunction!(cuts, m)?)?;
+    m.add_function(wrap_pyfunction!(draw_, m)?)?;
     m.add_function(wrap_pyfunction!(sums, m)?)?;
     m.add_function(wrap_pyfunction!(gram, m)?)?;
     m.add_function(wrap_pyfunction!(count_keys_, m)?)?;
@@ -49,6 +50,8 @@ struct Given {
     #[pyo3(attribute)]
     chances: Vec<Option<(u64, String, f32)>>,
     #[pyo3(attribute)]
+    drawn: Vec<Option<Tensor>>,
+    #[pyo3(attribute)]
     factors: Vec<Option<Tensor>>,
 }
 
@@ -65,6 +68,7 @@ impl Given {
             self.low.len(),
             self.high.len(),
             self.chances.len(),
+            self.drawn.len(),
             self.factors.len(),
             self.models.len(),
         ];
@@ -83,6 +87,10 @@ impl Given {
                 stream: rng::stream(name),
                 share: *share,
             });
+            stream.drawn = match &self.drawn[t] {
+                Some(bits) => Some(bits.bytes(&format!("the bits of {name}"))?),
+                None => None,
+            };
             stream.factors = match &self.factors[t] {
                 Some(f) => Some(f.f32(&format!("the factors of {name}"))?),
                 None => None,
@@ -101,7 +109,8 @@ impl Given {
     /// Every tensor, for `disjoint`.
     fn all(&self) -> Vec<(&str, &Tensor)> {
         let tensors = self.tensors.iter().chain(&self.base);
-        tensors.chain(self.factors.iter().flatten()).map(|t| (self.name.as_str(), t)).collect()
+        let more = self.drawn.iter().chain(&self.factors).flatten();
+        tensors.chain(more).map(|t| (self.name.as_str(), t)).collect()
     }
 }
 
@@ -188,15 +197,27 @@ fn cuts(
     Ok(all.into_iter().map(|(c, above)| (c.bound, c.last, above)).collect())
 }
 
-/// For each tensor: sum of magnitudes, number kept, and of the kept sum of magnitudes, of squares, of signs.
+/// Writes the bits of the positions of a tensor that a random choice keeps.
 #[pyfunction]
-fn sums(py: Python<'_>, given: Given) -> PyResult<Vec<(f64, usize, f64, f64, i64)>> {
+fn draw_(py: Python<'_>, mut out: Tensor, seed: u64, name: &str, share: f32) -> PyResult<()> {
+    let threads = threads(py)?;
+    let out = out.bytes_mut("out")?;
+    if !out.len().is_multiple_of(8) {
+        bad("the length of out", "a multiple of 8", &out.len().to_string())?;
+    }
+    py.allow_threads(|| rng::draw(threads, seed, rng::stream(name), share, out));
+    Ok(())
+}
+
+/// For each tensor: sum of magnitudes, and of the kept sum of magnitudes and of squares.
+#[pyfunction]
+fn sums(py: Python<'_>, given: Given) -> PyResult<Vec<(f64, f64, f64)>> {
     let threads = threads(py)?;
     let streams = given.streams()?;
     let models: Vec<&str> = given.models.iter().map(String::as_str).collect();
     let name = given.name.as_str();
     let all = py.allow_threads(|| blend::sums(threads, (name, &models), &streams))?;
-    Ok(all.into_iter().map(|s| (s.all, s.kept, s.magnitude, s.square, s.sign)).collect())
+    Ok(all.into_iter().map(|s| (s.all, s.magnitude, s.square)).collect())
 }
 
 /// All dot products, row by row.

@@ -1,4 +1,4 @@
-use retouch::kernel::rng::{philox, stream, uniform};
+use retouch::kernel::rng::{draw as draw_bits, philox, stream, uniform};
 
 /// The known answers of Random123 for philox4x32-10.
 #[test]
@@ -38,6 +38,23 @@ fn a_number_depends_on_seed_stream_and_position_alone() {
         let other = draw(1, seed, stream, n);
         let same = all.iter().zip(&other).filter(|(a, b)| a == b).count();
         assert!(same < 5, "{same} of {n} numbers are equal");
+    }
+}
+
+#[test]
+fn bits_are_the_numbers_below_a_share() {
+    let n = 150_016; // several chunks of words
+    let numbers: Vec<f32> = draw(1, 7, 1 << 35 | 11, n).into_iter().map(f32::from_bits).collect();
+    let step = 1.0 / 16_777_216.0; // between neighbouring numbers
+    let own = numbers[12_345]; // equal to the share is not below it
+    for share in [0.0, -1.0, step, 1.5 * step, 0.2, 0.5, own, own + step, 1.0 - step, 1.0, 2.0] {
+        let mut bits = vec![0xaa; n / 8];
+        draw_bits(1, 7, 1 << 35 | 11, share, &mut bits);
+        let set = |i: usize| bits[i / 8] >> (i % 8) & 1 == 1;
+        assert!((0..n).all(|i| set(i) == (numbers[i] < share)), "{share}");
+        let mut again = vec![0; n / 8];
+        draw_bits(3, 7, 1 << 35 | 11, share, &mut again);
+        assert!(bits == again);
     }
 }
 

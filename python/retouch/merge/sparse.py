@@ -1,6 +1,6 @@
 """Merges of differences that were made sparse first: TIES, DARE, DELLA, Breadcrumbs."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -141,6 +141,13 @@ class TIES(Method):
         return streams.blend("elect", job.out_dtype, vote="mass", zero=zero, take=take, lam=lam)
 
 
+class _Drawn(NamedTuple):
+    """What DARE must know of a whole tensor."""
+
+    scales: list[float]
+    choices: Streams | None = None
+
+
 class _Dare(Method):
     """What both forms of DARE share: the random choice and its scale."""
 
@@ -165,22 +172,28 @@ class _Dare(Method):
             streams.chances = [None if d >= 1 else chance(job, t, d) for t, d in enumerate(shares)]
         return streams
 
-    def prepare(self, job: Job) -> list[float]:
-        """What multiplies the kept differences of each model."""
+    def prepare(self, job: Job) -> "_Drawn":
+        """What multiplies the kept differences of each model, and the choices where that took them."""
         density, q = job.values("density"), job.values("q")
         if not job.shared["rescale"]:
-            return [1.0] * len(density)
+            return _Drawn([1.0] * len(density))
         if job.dialect == "mergekit" and not any(q):
             if all(d >= 1 for d in density) and job.masks is None:
-                return [1.0] * len(density)
-            sums = self.choose(job).sums()
-            return [all_ / kept if min(all_, kept) >= 1e-7 else 1.0 for all_, _, kept, _, _ in sums]
-        return [1.0 / (b or d) if (b or d) > 0 else 1.0 for d, b in zip(density, q, strict=True)]
+                return _Drawn([1.0] * len(density))
+            streams = self.choose(job)
+            if job.room is None:
+                streams.draw()  # 1/8 byte an element: drawing costs as much as all the rest
+            scales = [a / kept if min(a, kept) >= 1e-7 else 1.0 for a, kept, _ in streams.sums()]
+            return _Drawn(scales, streams)
+        scales = [1.0 / (b or d) if (b or d) > 0 else 1.0 for d, b in zip(density, q, strict=True)]
+        return _Drawn(scales)
 
     def scaled(self, job: Job) -> Streams:
         """The streams as they are combined."""
-        streams = self.choose(job)
-        streams.scales = job.local
+        streams, drawn = self.choose(job), job.local.choices
+        streams.scales = job.local.scales
+        if drawn is not None:
+            streams.chances, streams.drawn = drawn.chances, drawn.drawn
         return streams
 
 
@@ -256,7 +269,7 @@ class _Della(Method):
         for part in _parts(job):
             streams = Streams.of(part)
             streams.factors = self._factors(part)
-            for total, (all_, _, kept, _, _) in zip(totals, streams.sums(), strict=True):
+            for total, (all_, kept, _) in zip(totals, streams.sums(), strict=True):
                 total[0] += all_
                 total[1] += kept
         for all_, kept in totals:

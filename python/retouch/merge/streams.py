@@ -36,6 +36,7 @@ class Streams:
         low: Keeps what exceeds a magnitude, and its equals up to a position.
         high: Keeps what is below a magnitude, and its equals up to a position.
         chances: Seed, name and share of a random choice.
+        drawn: In its place a choice that was drawn before (`draw`).
         factors: Multiply each element; float32 of the tensor's shape.
         room: Bytes that `cuts` may use; None for no limit.
     """
@@ -50,6 +51,7 @@ class Streams:
     low: list[Cut | None]
     high: list[Cut | None]
     chances: list[tuple[int, str, float] | None]
+    drawn: list[Tensor | None]
     factors: list[Tensor | None]
     room: int | None = None
 
@@ -63,7 +65,7 @@ class Streams:
         return cls(
             job.name, job.models, job.base, job.tensors, job.start,
             [1.0] * n if weights is None else weights,
-            [1.0] * n, [None] * n, [None] * n, [None] * n, factors, job.room,
+            [1.0] * n, [None] * n, [None] * n, [None] * n, [None] * n, factors, job.room,
         )  # fmt: skip
 
     def blend(self, rule: str, dtype: torch.dtype, **options: Any) -> Tensor:
@@ -97,8 +99,20 @@ class Streams:
                 high[t] = (high[t][0], EVERY)
         return low, high
 
-    def sums(self) -> list[tuple[float, int, float, float, int]]:
-        """Of each: sum of all magnitudes; of the kept ones number, magnitudes, squares, signs."""
+    def draw(self) -> None:
+        """Makes the random choices now, one bit for each element: nothing draws them again.
+
+        For streams of whole tensors; their stretches may have the bits of the whole.
+        """
+        for t, chance in enumerate(self.chances):
+            if chance is not None:
+                words = -(-self.tensors[t].numel() // 64)
+                bits = torch.empty(8 * words, dtype=torch.uint8)
+                _core.draw_(bits, *chance)
+                self.chances[t], self.drawn[t] = None, bits
+
+    def sums(self) -> list[tuple[float, float, float]]:
+        """Of each: sum of all magnitudes; of the kept ones magnitudes and squares."""
         return _core.sums(self)
 
     def gram(self) -> Tensor:
@@ -110,8 +124,8 @@ class Streams:
         """One of the streams alone."""
         return Streams(
             self.name, [self.models[t]], self.base, [self.tensors[t]], self.start, [self.weights[t]],
-            [self.scales[t]], [self.low[t]], [self.high[t]], [self.chances[t]], [self.factors[t]],
-            self.room,
+            [self.scales[t]], [self.low[t]], [self.high[t]], [self.chances[t]],
+            [self.drawn[t]], [self.factors[t]], self.room,
         )  # fmt: skip
 
 

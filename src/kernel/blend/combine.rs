@@ -2,6 +2,7 @@
 use super::{Scratch, Streams, only};
 use crate::error::{Error, Result};
 use crate::kernel::chunk::check_len;
+use crate::kernel::wide::Isa;
 
 /// What decides the sign of a position.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -97,25 +98,26 @@ impl Rule<'_> {
     #[inline(always)]
     pub(super) fn tile(
         &self,
+        isa: impl Isa,
         streams: &Streams<'_>,
         finish: &Finish,
-        at: usize,
-        n: usize,
+        (at, n): (usize, usize),
         scratch: &mut Scratch,
     ) -> bool {
-        let Scratch { base, tiles, more: [result, a, b, c] } = scratch;
-        let (base, result, a, b, c) =
-            (&base[..n], &mut result[..n], &mut a[..n], &mut b[..n], &mut c[..n]);
+        let Scratch { base, tiles, more: [result, a, b] } = scratch;
+        let (base, result, a, b) = (&base[..n], &mut result[..n], &mut a[..n], &mut b[..n]);
         result.fill(0.0);
         let mut fine = true;
         let weight = |t: usize| streams.streams[t].weight;
         if self.one_by_one() {
-            a.fill(0.0);
-            b.fill(0.0);
+            if let Rule::Active { .. } = self {
+                a.fill(0.0);
+                b.fill(0.0);
+            }
             let d = &mut tiles[0][..n];
             for t in 0..streams.streams.len() {
                 fine &= !streams.raw(t, at, base, d);
-                streams.keep(t, at, d, c);
+                streams.keep(isa, t, at, d);
                 match self {
                     Rule::Largest => {
                         let pairs = result.iter_mut().zip(&*d);
@@ -146,38 +148,43 @@ impl Rule<'_> {
         for (t, d) in tiles.iter_mut().enumerate() {
             let d = &mut d[..n];
             fine &= !streams.raw(t, at, base, d);
-            streams.keep(t, at, d, c);
+            streams.keep(isa, t, at, d);
         }
         match *self {
             Rule::Elect { vote, zero, take } => {
-                elect(tiles, weight, (vote, zero), a);
-                let weighted = vote == Vote::Weighted;
-                match take {
-                    Take::Largest => {
-                        for d in &*tiles {
-                            for ((r, x), s) in result.iter_mut().zip(d).zip(&*a) {
-                                *r = only(x * s > 0.0, x.abs()).max(*r);
-                            }
+                let tiles = &*tiles;
+                let side = |t| if vote == Vote::Weighted { weight(t) } else { 1.0 };
+                a.fill(0.0);
+                match vote {
+                    Vote::Count => tiles.iter().for_each(|d| count(d, a)),
+                    _ => few!(tiles, n, (first, few) => poll(few, |t| side(first + t), a)),
+                }
+                for s in &mut *a {
+                    *s = if *s > 0.0 {
+                        1.0
+                    } else if *s < 0.0 {
+                        -1.0
+                    } else {
+                        zero
+                    };
+                }
+                if take == Take::Largest {
+                    for d in tiles {
+                        for ((r, x), s) in result.iter_mut().zip(d).zip(&*a) {
+                            *r = only(x * s > 0.0, x.abs()).max(*r);
                         }
-                        result.iter_mut().zip(&*a).for_each(|(r, s)| *r *= s);
                     }
-                    _ => {
-                        b.fill(0.0);
-                        for (t, d) in tiles.iter().enumerate() {
-                            let w = weight(t);
-                            let side = if weighted { w } else { 1.0 };
-                            let part = if take == Take::Mean { 1.0 } else { w };
-                            let all = result.iter_mut().zip(&mut *b).zip(d).zip(&*a);
-                            for (((r, share), x), s) in all {
-                                let agrees = x * side * s > 0.0;
-                                *r = only(agrees, *x).mul_add(w, *r);
-                                *share += only(agrees, part);
-                            }
-                        }
-                        if take != Take::Sum {
-                            let all = result.iter_mut().zip(&*b);
-                            all.for_each(|(r, b)| *r /= if *b == 0.0 { 1.0 } else { *b });
-                        }
+                    result.iter_mut().zip(&*a).for_each(|(r, s)| *r *= s);
+                } else {
+                    let part = |t| if take == Take::Mean { 1.0 } else { weight(t) };
+                    b.fill(0.0);
+                    let of = |t| [side(t), weight(t), part(t)];
+                    few!(tiles, n, (first, few) => {
+                        agreeing(few, |t| of(first + t), a, result, b);
+                    });
+                    if take != Take::Sum {
+                        let all = result.iter_mut().zip(&*b);
+                        all.for_each(|(r, b)| *r /= if *b == 0.0 { 1.0 } else { *b });
                     }
                 }
                 if let Some(own) = finish.own {
@@ -227,36 +234,80 @@ impl Rule<'_> {
     }
 }
 
-/// The elected signs of one tile.
+/// Adds the signs of a tile to the votes.
 #[inline(always)]
-fn elect(
-    tiles: &[Vec<f32>],
-    weight: impl Fn(usize) -> f32,
-    (vote, zero): (Vote, f32),
-    out: &mut [f32],
-) {
-    out.fill(0.0);
-    for (t, d) in tiles.iter().enumerate() {
-        match vote {
-            Vote::Count => {
-                for (sum, x) in out.iter_mut().zip(d) {
-                    *sum += if *x > 0.0 { 1.0 } else { 0.0 } - if *x < 0.0 { 1.0 } else { 0.0 };
+fn count(d: &[f32], votes: &mut [f32]) {
+    for (votes, x) in votes.iter_mut().zip(d) {
+        *votes += only(*x > 0.0, 1.0) - only(*x < 0.0, 1.0);
+    }
+}
+
+/// Runs `$body` with all streams, four at a time, in order: `$first` is the number of the first one, `$few`
+/// an array whose length is known when it is compiled, so that sums over it stay in registers.
+macro_rules! few {
+    ($tiles:expr, $n:expr, ($first:ident, $few:ident) => $body:expr) => {
+        for (i, group) in $tiles.chunks(4).enumerate() {
+            let $first = 4 * i;
+            match group {
+                [a, b, c, d] => {
+                    let $few = [&a[..$n], &b[..$n], &c[..$n], &d[..$n]];
+                    $body
                 }
-            }
-            _ => {
-                let w = if vote == Vote::Weighted { weight(t) } else { 1.0 };
-                out.iter_mut().zip(d).for_each(|(sum, x)| *sum = x.mul_add(w, *sum));
+                [a, b, c] => {
+                    let $few = [&a[..$n], &b[..$n], &c[..$n]];
+                    $body
+                }
+                [a, b] => {
+                    let $few = [&a[..$n], &b[..$n]];
+                    $body
+                }
+                [a] => {
+                    let $few = [&a[..$n]];
+                    $body
+                }
+                _ => {}
             }
         }
+    };
+}
+use few;
+
+/// Adds weighted values to the votes. (What is written comes as an argument of its own: the compiler knows
+/// then that nothing else lies there.)
+#[inline(always)]
+fn poll<const N: usize>(tiles: [&[f32]; N], side: impl Fn(usize) -> f32, votes: &mut [f32]) {
+    let sides: [f32; N] = std::array::from_fn(side);
+    let tiles = tiles.map(|d| &d[..votes.len()]); // no check is left in the loop
+    for i in 0..votes.len() {
+        let mut vote = votes[i];
+        for t in 0..N {
+            vote = tiles[t][i].mul_add(sides[t], vote);
+        }
+        votes[i] = vote;
     }
-    for s in out {
-        *s = if *s > 0.0 {
-            1.0
-        } else if *s < 0.0 {
-            -1.0
-        } else {
-            zero
-        };
+}
+
+/// Adds the values that have the elected sign, and their parts: `of` gives side, weight and part of a stream.
+#[inline(always)]
+fn agreeing<const N: usize>(
+    tiles: [&[f32]; N],
+    of: impl Fn(usize) -> [f32; 3],
+    signs: &[f32],
+    sums: &mut [f32],
+    shares: &mut [f32],
+) {
+    let of: [_; N] = std::array::from_fn(of);
+    let n = sums.len();
+    let (tiles, signs, shares) = (tiles.map(|d| &d[..n]), &signs[..n], &mut shares[..n]);
+    for i in 0..n {
+        let (mut sum, mut share) = (sums[i], shares[i]);
+        for t in 0..N {
+            let ([side, weight, part], x) = (of[t], tiles[t][i]);
+            let agrees = x * side * signs[i] > 0.0;
+            sum = only(agrees, x).mul_add(weight, sum);
+            share += only(agrees, part);
+        }
+        (sums[i], shares[i]) = (sum, share);
     }
 }
 

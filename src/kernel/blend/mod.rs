@@ -16,7 +16,7 @@ pub use sums::{Sums, count_keys, gram, sums, value_of};
 
 use super::chunk::{CHUNK, install};
 use super::rng;
-use super::wide::{Isa, Loop, wide};
+use super::wide::{Isa, Loop, WORD, wide};
 use crate::error::{Error, Result};
 use crate::num::Element;
 use crate::view::{View, ViewMut};
@@ -89,6 +89,8 @@ pub struct Stream<'a> {
     pub high: Option<Cut>,
     /// keeps at random
     pub chance: Option<Chance>,
+    /// keeps the positions whose bit is set: what [`rng::draw`] wrote for the whole tensor
+    pub drawn: Option<&'a [u8]>,
     /// multiplies each element
     pub factors: Option<&'a [f32]>,
     /// multiplies what is kept
@@ -100,8 +102,8 @@ pub struct Stream<'a> {
 impl<'a> Stream<'a> {
     /// All of a tensor.
     pub fn new(values: View<'a>) -> Self {
-        let (low, high, chance, factors) = (None, None, None, None);
-        Stream { values, low, high, chance, factors, scale: 1.0, weight: 1.0 }
+        let (low, high, chance, drawn, factors) = (None, None, None, None, None);
+        Stream { values, low, high, chance, drawn, factors, scale: 1.0, weight: 1.0 }
     }
 }
 
@@ -118,6 +120,21 @@ pub struct Streams<'a> {
 
 fn length(view: View<'_>) -> usize {
     with_elements!(View, view, x => x.len())
+}
+
+/// Keeps and scales where bits are set; `bit` of the first word is that of the first element.
+#[inline(always)]
+fn keep_bits(d: &mut [f32], word: impl Fn(usize) -> u64, bit: usize, scale: f32) {
+    for (i, d) in d.chunks_mut(WORD).enumerate() {
+        let mut bits = word(i) >> bit;
+        if bit > 0 && WORD - bit < d.len() {
+            bits |= word(i + 1) << (WORD - bit);
+        }
+        for (j, d) in d.chunks_mut(WORD / 2).enumerate() {
+            let bits = (bits >> (j * WORD / 2)) as u32;
+            d.iter_mut().enumerate().for_each(|(i, x)| *x = only(bits & (1 << i) != 0, *x) * scale);
+        }
+    }
 }
 
 /// Widens a stretch of a tensor.
@@ -143,6 +160,11 @@ impl Streams<'_> {
                     want,
                 )?;
             }
+            if let Some(drawn) = stream.drawn {
+                let words = (self.start + want).div_ceil(WORD); // of the whole tensor, or of more
+                let got = drawn.len().min(8 * words);
+                super::chunk::check_len(&format!("the bits of tensor {i}"), got, 8 * words)?;
+            }
         }
         if let Some(base) = self.base {
             super::chunk::check_len("the base", length(base), want)?;
@@ -162,17 +184,19 @@ impl Streams<'_> {
     /// A tile of one stream before anything is dropped; whether one is not a number.
     #[inline(always)]
     fn raw(&self, t: usize, at: usize, base: &[f32], out: &mut [f32]) -> bool {
-        load(self.streams[t].values, at, out);
-        if self.base.is_some() {
-            out.iter_mut().zip(base).for_each(|(o, b)| *o -= b);
-        }
-        let top = out.iter().fold(0, |top, x| x.key_abs().max(top));
+        let mut top = 0;
+        with_elements!(View, self.streams[t].values, x => {
+            for ((o, b), x) in out.iter_mut().zip(base).zip(&x[at..]) {
+                *o = x.to_f32() - b; // of no base: x - 0 is x, also where x is -0
+                top = o.key_abs().max(top);
+            }
+        });
         top > f32::INFINITY_KEY
     }
 
     /// Drops what a stream does not keep, and scales the rest.
     #[inline(always)]
-    fn keep(&self, t: usize, at: usize, d: &mut [f32], random: &mut [f32]) {
+    fn keep(&self, isa: impl Isa, t: usize, at: usize, d: &mut [f32]) {
         let stream = &self.streams[t];
         let place = self.start + at;
         if let Some(cut) = stream.low {
@@ -181,16 +205,24 @@ impl Streams<'_> {
         if let Some(cut) = stream.high {
             cut.keep_below(d, place);
         }
+        // factors come between a choice and the scale; without them one loop does both
+        let (early, late) =
+            if stream.factors.is_some() { (1.0, stream.scale) } else { (stream.scale, 1.0) };
+        let (first, bit) = (place / WORD, place % WORD);
         if let Some(Chance { seed, stream, share }) = stream.chance {
-            let random = &mut random[..d.len()];
-            rng::fill(seed, stream, place, random);
-            d.iter_mut().zip(random).for_each(|(x, u)| *x = only(*u < share, *x));
+            let mut words = [0; TILE / WORD + 1];
+            for (i, word) in words.iter_mut().enumerate().take((bit + d.len()).div_ceil(WORD)) {
+                *word = rng::bits(isa, seed, stream, share, first + i);
+            }
+            keep_bits(d, |i| words[i], bit, early);
+        } else if let Some(drawn) = stream.drawn {
+            let (words, _) = drawn.as_chunks();
+            keep_bits(d, |i| u64::from_le_bytes(words[first + i]), bit, early);
+        } else if early != 1.0 {
+            d.iter_mut().for_each(|x| *x *= early);
         }
         if let Some(factors) = stream.factors {
-            d.iter_mut().zip(&factors[at..]).for_each(|(x, f)| *x *= f);
-        }
-        if stream.scale != 1.0 {
-            d.iter_mut().for_each(|x| *x *= stream.scale);
+            d.iter_mut().zip(&factors[at..]).for_each(|(x, f)| *x = *x * f * late);
         }
     }
 
@@ -220,7 +252,7 @@ fn whose(name: &str, model: Option<&&str>) -> String {
 struct Scratch {
     base: Vec<f32>,
     tiles: Vec<Vec<f32>>,
-    more: [Vec<f32>; 4],
+    more: [Vec<f32>; 3],
 }
 
 impl Scratch {
@@ -272,7 +304,7 @@ struct Blend<'a, T> {
 impl<T: Element> Loop for Blend<'_, T> {
     type Output = bool;
     #[inline(always)]
-    fn run(self, _: impl Isa) -> bool {
+    fn run(self, isa: impl Isa) -> bool {
         let Blend { streams, rule, finish, first, out } = self;
         let mut scratch = Scratch::new(if rule.one_by_one() { 1 } else { streams.streams.len() });
         let mut fine = true;
@@ -280,7 +312,7 @@ impl<T: Element> Loop for Blend<'_, T> {
             let at = first + i * TILE;
             let n = out.len();
             streams.base(at, &mut scratch.base[..n]);
-            fine &= rule.tile(streams, finish, at, n, &mut scratch);
+            fine &= rule.tile(isa, streams, finish, (at, n), &mut scratch);
             let [result, ..] = &scratch.more;
             out.iter_mut().zip(&result[..n]).for_each(|(o, x)| *o = T::from_f32(*x));
         }

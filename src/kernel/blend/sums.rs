@@ -15,14 +15,10 @@ const LANES: usize = 16;
 pub struct Sums {
     /// magnitudes, before anything is dropped
     pub all: f64,
-    /// elements that are kept and not zero
-    pub kept: usize,
     /// magnitudes of what is kept, scaled
     pub magnitude: f64,
     /// squares of what is kept, scaled
     pub square: f64,
-    /// signs of what is kept
-    pub sign: i64,
 }
 
 #[inline(always)]
@@ -77,10 +73,8 @@ pub fn sums(
         let part = part.ok_or_else(|| streams.not_a_number(name, names, len))?;
         for (o, p) in out.iter_mut().zip(part) {
             o.all += p.all;
-            o.kept += p.kept;
             o.magnitude += p.magnitude;
             o.square += p.square;
-            o.sign += p.sign;
         }
     }
     Ok(out)
@@ -95,11 +89,11 @@ struct Add<'a> {
 impl Loop for Add<'_> {
     type Output = Option<Vec<Sums>>;
     #[inline(always)]
-    fn run(self, _: impl Isa) -> Self::Output {
+    fn run(self, isa: impl Isa) -> Self::Output {
         let Add { streams, first, len } = self;
         let mut out = vec![Sums::default(); streams.streams.len()];
         let mut scratch = Scratch::new(1);
-        let Scratch { base, tiles, more: [random, ..] } = &mut scratch;
+        let Scratch { base, tiles, .. } = &mut scratch;
         for at in (first..first + len).step_by(TILE) {
             let n = TILE.min(first + len - at);
             let (base, d) = (&mut base[..n], &mut tiles[0][..n]);
@@ -109,16 +103,9 @@ impl Loop for Add<'_> {
                     return None;
                 }
                 sums.all += total(d, f64::abs);
-                streams.keep(t, at, d, random);
+                streams.keep(isa, t, at, d);
                 sums.magnitude += total(d, f64::abs);
                 sums.square += total(d, |x| x * x);
-                let (mut above, mut below) = (0_u32, 0_u32);
-                for x in &*d {
-                    above += u32::from(*x > 0.0);
-                    below += u32::from(*x < 0.0);
-                }
-                sums.kept += (above + below) as usize;
-                sums.sign += i64::from(above) - i64::from(below);
             }
         }
         Some(out)
@@ -155,12 +142,12 @@ struct Dots<'a> {
 impl Loop for Dots<'_> {
     type Output = Option<Vec<f64>>;
     #[inline(always)]
-    fn run(self, _: impl Isa) -> Self::Output {
+    fn run(self, isa: impl Isa) -> Self::Output {
         let Dots { streams, first, len } = self;
         let t = streams.streams.len();
         let mut out = vec![0.0; t * t];
         let mut scratch = Scratch::new(t);
-        let Scratch { base, tiles, more: [random, ..] } = &mut scratch;
+        let Scratch { base, tiles, .. } = &mut scratch;
         for at in (first..first + len).step_by(TILE) {
             let n = TILE.min(first + len - at);
             let base = &mut base[..n];
@@ -169,7 +156,7 @@ impl Loop for Dots<'_> {
                 if streams.raw(i, at, base, &mut d[..n]) {
                     return None;
                 }
-                streams.keep(i, at, &mut d[..n], random);
+                streams.keep(isa, i, at, &mut d[..n]);
             }
             for i in 0..t {
                 for j in i..t {
@@ -205,7 +192,7 @@ pub fn count_keys(
             let mut bins = vec![0_i64; 1 << 16];
             let fine = run.iter().all(|&first| {
                 let len = CHUNK.min(len - first);
-                count(streams, (first, len), within, signed, &mut bins)
+                wide(Count { streams, first, len, within, signed, bins: &mut bins })
             });
             fine.then_some(bins)
         });
@@ -218,34 +205,42 @@ pub fn count_keys(
     Ok(())
 }
 
-fn count(
-    streams: &Streams<'_>,
-    (first, len): (usize, usize),
+struct Count<'a> {
+    streams: &'a Streams<'a>,
+    first: usize,
+    len: usize,
     within: Option<u32>,
     signed: bool,
-    bins: &mut [i64],
-) -> bool {
-    let mut scratch = Scratch::new(1);
-    let Scratch { base, tiles, more: [random, ..] } = &mut scratch;
-    let (by_size, by_value) = (Ranking::<true>::new(true), Ranking::<false>::new(true));
-    for at in (first..first + len).step_by(TILE) {
-        let n = TILE.min(first + len - at);
-        let (base, d) = (&mut base[..n], &mut tiles[0][..n]);
-        streams.base(at, base);
-        if streams.raw(0, at, base, d) {
-            return false;
-        }
-        streams.keep(0, at, d, random);
-        for x in &*d {
-            let rank = if signed { by_value.rank(*x) } else { by_size.rank(*x) };
-            match within {
-                None => bins[(rank >> 16) as usize] += 1,
-                Some(high) if rank >> 16 == high => bins[(rank & 0xffff) as usize] += 1,
-                Some(_) => {}
+    bins: &'a mut [i64],
+}
+
+impl Loop for Count<'_> {
+    type Output = bool;
+    #[inline(always)]
+    fn run(self, isa: impl Isa) -> bool {
+        let Count { streams, first, len, within, signed, bins } = self;
+        let mut scratch = Scratch::new(1);
+        let Scratch { base, tiles, .. } = &mut scratch;
+        let (by_size, by_value) = (Ranking::<true>::new(true), Ranking::<false>::new(true));
+        for at in (first..first + len).step_by(TILE) {
+            let n = TILE.min(first + len - at);
+            let (base, d) = (&mut base[..n], &mut tiles[0][..n]);
+            streams.base(at, base);
+            if streams.raw(0, at, base, d) {
+                return false;
+            }
+            streams.keep(isa, 0, at, d);
+            for x in &*d {
+                let rank = if signed { by_value.rank(*x) } else { by_size.rank(*x) };
+                match within {
+                    None => bins[(rank >> 16) as usize] += 1,
+                    Some(high) if rank >> 16 == high => bins[(rank & 0xffff) as usize] += 1,
+                    Some(_) => {}
+                }
             }
         }
+        true
     }
-    true
 }
 
 /// The float that has this rank.
