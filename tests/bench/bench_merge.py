@@ -1,7 +1,7 @@
 """Merging a base and three fine-tunes of 495 M bf16 parameters, beside mergekit where it is installed.
 
     python tests/bench/bench_merge.py [--quick] [--methods ties,linear] [--mergekit] [--max-ram 256MB]
-                                      [--out /dev/shm]
+                                      [--out /dev/shm] [--floor]
 
 Both programs get the same file of YAML and run as their users run them, each merge in a process of its own
 with a warm page cache, one after the other in every round. Wall and CPU time are those of the whole
@@ -10,23 +10,33 @@ time less that of a process that only reads the configuration and plans (ours) o
 "anonymous" is the most memory beside maps of files that was seen (every 10 ms); ours is given less what
 the program holds when it has only read the configuration. Checkpoints are
 made once in a folder (--folder, default: a temporary one). mergekit runs in the first round only, since
-most of its merges take minutes (--mergekit-rounds for more).
+most of its merges take minutes (--mergekit-rounds for more). Both have made a small merge before, so that
+Python finds its modules compiled.
+
+--floor adds what no merge of ours can do without, each part alone on all threads: hashing the inputs,
+reading them once, writing the output, and (DARE) one random number for each element of each model.
 """
 
 import argparse
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from harness import machine, spread, table
+from safetensors import safe_open
 from safetensors.torch import save_file
+
+from retouch import _core
 
 METHODS = {
     "linear": {},
@@ -130,8 +140,9 @@ def command(way: str, config: Path, out: Path | None, max_ram: str | None) -> li
 def watched(line: list[str]) -> tuple[float, float, float]:
     """Runs a program: seconds, CPU seconds, most anonymous memory in MB."""
     start = time.perf_counter()
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     with tempfile.TemporaryFile() as log:
-        child = subprocess.Popen(line, stdout=log, stderr=log)
+        child = subprocess.Popen(line, stdout=log, stderr=log, env=environment)
         peak = 0
         while True:
             pid, status, usage = os.wait4(child.pid, os.WNOHANG)
@@ -169,6 +180,71 @@ def measure(folder: Path, out: Path, method: str, way: str, max_ram: str | None)
     return [seconds, seconds - before, cpu, peak - (rest if way == "retouch" else 0)]
 
 
+def floor(folder: Path, out: Path, quick: bool) -> list[tuple[str, Callable[[], None]]]:
+    """What nothing avoids, each part on all threads."""
+    files = [f for m in ("base", *MODELS) for f in sorted((folder / m).glob("*.safetensors"))]
+    sizes = [torch.Size(s).numel() for s in shapes(quick).values()]
+    bits = torch.zeros(8 * -(-max(sizes) // 64), dtype=torch.uint8)
+    block = bytes(4 << 20)
+
+    def spread_out(work: Callable[[Path], object], over: Iterable[Path]) -> None:
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            list(pool.map(work, over))
+
+    def read(file: Path) -> None:
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():
+                tensors.get_tensor(name).view(torch.int16).max()
+
+    def write(file: Path) -> None:
+        rest = 2 * sum(sizes) // torch.get_num_threads()
+        with open(file, "wb", buffering=0) as to:
+            while rest:
+                rest -= to.write(block[:rest])
+        file.unlink()
+
+    def draw() -> None:
+        for model in MODELS:
+            for i, n in enumerate(sizes):
+                _core.draw_(bits[: 8 * -(-n // 64)], 0, f"{model} {i}", 0.2)
+
+    parts = [out / f"part-{i}" for i in range(torch.get_num_threads())]
+    return [
+        ("hash the inputs", lambda: spread_out(_core.file_hash, files)),
+        ("read them once", lambda: spread_out(read, files)),
+        ("write the output", lambda: spread_out(write, parts)),
+        ("draw three masks", draw),
+    ]
+
+
+def floor_rows(folder: Path, out: Path, quick: bool, rounds: int) -> list[list[str]]:
+    """Wall and CPU seconds of each part, the fastest round."""
+
+    def cpu() -> float:
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        return used.ru_utime + used.ru_stime
+
+    rows, total = [], [0.0, 0.0]
+    for name, part in floor(folder, out, quick):
+        best = [float("inf"), float("inf")]
+        for _ in range(rounds + 1):
+            wall, before = time.perf_counter(), cpu()
+            part()
+            best = [min(best[0], time.perf_counter() - wall), min(best[1], cpu() - before)]
+        total = [total[0] + best[0], total[1] + best[1]]
+        rows.append([name, f"{best[0]:.2f}", f"{best[1]:.2f}"])
+    return [*rows, ["together", f"{total[0]:.2f}", f"{total[1]:.2f}"]]
+
+
+def warm_up(folder: Path, ways: list[str]) -> None:
+    """A small merge by each program."""
+    small = folder / "small"
+    make(small, quick=True)
+    for way in ways:
+        watched(command(way, write_config(small, "ties"), small / f"out-{way}", None))
+    shutil.rmtree(small)
+
+
 def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -182,6 +258,7 @@ def main() -> None:
     parser.add_argument("--max-ram", help="the budget that ours is given")
     parser.add_argument("--folder", type=Path, help="of the checkpoints, kept; made if missing")
     parser.add_argument("--out", type=Path, help="where results go; /dev/shm: no disk has a part")
+    parser.add_argument("--floor", action="store_true", help="add what no merge can do without")
     args = parser.parse_args()
     rounds = 1 if args.quick else args.rounds
     with tempfile.TemporaryDirectory() as temporary:
@@ -193,6 +270,7 @@ def main() -> None:
         print(
             f"max_ram: {args.max_ram or 'no limit'}; results in {args.out or 'the same folder'}\n"
         )
+        warm_up(folder, ["retouch", *(["mergekit"] if args.mergekit else [])])
         rows = []
         for method in args.methods.split(","):
             mine, theirs = [], []
@@ -218,6 +296,10 @@ def main() -> None:
             names += ["mergekit s", "beyond start-up s", "CPU s", "anonymous MB"]
             names += ["wall", "beyond start-up", "CPU"]
         table(names, rows)
+        if args.floor:
+            print()
+            parts = floor_rows(folder, args.out or folder, args.quick, rounds)
+            table(["what nothing avoids", "wall s", "CPU s"], parts)
 
 
 if __name__ == "__main__":

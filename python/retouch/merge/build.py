@@ -66,13 +66,8 @@ def build(
         HyperparameterError: The method or a parameter is unknown or out of range.
         FormatError: A tensor is missing, or tensors that are no floats differ between models.
     """
-    chosen = method_named(method)
     if not models:
         raise HyperparameterError("models is empty: name at least one")
-    sets = parameters if isinstance(parameters, Sequence) else [parameters or {}] * len(models)
-    if len(sets) != len(models):
-        raise HyperparameterError(f"{len(sets)} sets of parameters for {len(models)} models")
-    chosen.resolve(dialect, sets, shared or {})
     sources: list[Source] = []
     if base is not None:
         path = hub.local(base)
@@ -86,14 +81,51 @@ def build(
         sources.append(Source(name, path, kind, None if kind == "checkpoint" else "base"))
     draft = Plan(tuple(sources), ())
     readers = open_sources(draft)
-    differences = chosen.base != "none" and base is not None
-    rule = _Matching(readers, ids, "base" if base is not None else None, differences, missing)
-    rule.method, rule.dialect = method, dialect
-    tensors = rule.tensors(sets, dict(shared or {}))
-    return Plan(
-        tuple(sources), tuple(tensors), None, dtype, out_dtype, seed,
-        "base" if base is not None else ids[0], max_shard_size, tuple(rule.notes),
+    tensors, notes = matched(
+        method, readers, ids, None if base is None else "base", parameters=parameters, shared=shared,
+        dialect=dialect, missing=missing,
     )  # fmt: skip
+    return Plan(
+        tuple(sources), tensors, None, dtype, out_dtype, seed,
+        "base" if base is not None else ids[0], max_shard_size, notes,
+    )  # fmt: skip
+
+
+def matched(
+    method: str,
+    readers: Mapping[str, Reader],
+    ids: Sequence[str],
+    base: str | None,
+    *,
+    parameters: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None,
+    shared: Mapping[str, Any] | None,
+    dialect: str | None,
+    missing: Missing,
+) -> tuple[tuple[TensorPlan, ...], tuple[str, ...]]:
+    """The tensors of a plan, and notes on how they came about; see `build`.
+
+    Args:
+        method: Its name.
+        readers: All sources by id.
+        ids: The models among them, in order.
+        base: The id of the base.
+        parameters: As of `build`.
+        shared: As of `build`.
+        dialect: As of `build`.
+        missing: As of `build`.
+
+    Returns:
+        Tensors and notes.
+    """
+    chosen = method_named(method)
+    sets = parameters if isinstance(parameters, Sequence) else [parameters or {}] * len(ids)
+    if len(sets) != len(ids):
+        raise HyperparameterError(f"{len(sets)} sets of parameters for {len(ids)} models")
+    chosen.resolve(dialect, sets, shared or {})
+    differences = chosen.base != "none" and base is not None
+    rule = _Matching(readers, list(ids), base, differences, missing)
+    rule.method, rule.dialect = method, dialect
+    return tuple(rule.tensors(sets, dict(shared or {}))), tuple(rule.notes)
 
 
 def _ids(paths: list[str]) -> list[str]:

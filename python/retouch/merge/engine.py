@@ -29,7 +29,7 @@ from retouch.merge.sources import (
     open_sources,
 )
 
-__all__ = ["Result", "TensorResult", "run"]
+__all__ = ["Result", "TensorResult", "collect", "run"]
 
 _NATIVE = (torch.float32, torch.float16, torch.bfloat16)
 _PIECE = 1 << 25  # elements of a stretch where no budget asks for less
@@ -83,12 +83,7 @@ def run(
     if missing := [s.id for s in plan.sources if s.id not in opened]:
         found = open_sources(plan)
         opened |= {name: found[name] for name in missing}
-    tasks = [_check(plan, t, opened) for t in sorted(plan.tensors, key=lambda t: natural(t.name))]
-    if not tasks:
-        raise FormatError("the plan has no tensors")
-    for a, b in pairwise(tasks):
-        if a.plan.name == b.plan.name:
-            raise FormatError(f"the plan makes {a.plan.name} twice")
+    tasks = _tasks(plan, opened)
     result = Result(Path(out), notes=plan.notes)
     merger = _Merger(plan, opened, max_ram, result)
     rows, looks = merger.budget(tasks)  # refuses what does not fit before anything is written
@@ -123,6 +118,56 @@ def run(
     )
     result.seconds = time.perf_counter() - began
     return result
+
+
+def collect(plan: Plan, readers: Mapping[str, Reader]) -> dict[str, Tensor]:
+    """The tensors that a plan describes, in memory, on the CPU; none of them is one of the inputs.
+
+    Args:
+        plan: What to do.
+        readers: By source id.
+
+    Returns:
+        By name, in the order of the names.
+
+    Raises:
+        RetouchError: See `run`.
+    """
+    tasks = _tasks(plan, readers)
+    merger = _Merger(plan, readers, None, Result(Path(), notes=plan.notes))
+    rows, looks = merger.budget(tasks)
+    states = merger.survey(tasks, looks)
+    made = _Collected(tasks)
+    for task, step in zip(tasks, rows, strict=True):
+        merger.make(task, step, states.get(task.group) if task.method is not None else None, made)
+    return made.tensors
+
+
+class _Collected:
+    """Takes what a `Writer` takes."""
+
+    def __init__(self, tasks: list[Task]) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self._metas = {task.plan.name: task.meta for task in tasks}
+
+    def put(self, file: str, name: str, offset: int, tensor: Tensor) -> None:
+        """Copies a piece: a method may have returned one of its inputs."""
+        if name not in self.tensors:
+            shape, dtype = self._metas[name]
+            self.tensors[name] = torch.empty(shape, dtype=dtype)
+        at = offset // tensor.element_size()
+        self.tensors[name].view(-1)[at : at + tensor.numel()] = tensor.reshape(-1)
+
+
+def _tasks(plan: Plan, readers: Mapping[str, Reader]) -> list[Task]:
+    """What is to be made, checked, in the order of the names."""
+    tasks = [_check(plan, t, readers) for t in sorted(plan.tensors, key=lambda t: natural(t.name))]
+    if not tasks:
+        raise FormatError("the plan has no tensors")
+    for a, b in pairwise(tasks):
+        if a.plan.name == b.plan.name:
+            raise FormatError(f"the plan makes {a.plan.name} twice")
+    return tasks
 
 
 class _Fit(NamedTuple):
@@ -365,7 +410,7 @@ class _Merger:
             states[key] = state
         return states
 
-    def make(self, task: Task, rows: int, state: Any, writer: Writer) -> None:
+    def make(self, task: Task, rows: int, state: Any, writer: "Writer | _Collected") -> None:
         """Makes one tensor and hands it to the writer."""
         plan, result = task.plan, self.result
         result.bytes_read += sum(size(m) for m in task.metas)

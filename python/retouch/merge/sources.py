@@ -3,8 +3,9 @@
 import json
 import math
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -127,26 +128,46 @@ class Checkpoint:
 
 
 class DeltaReader:
-    """A base with the changes of a retouch delta; its fingerprints of the base are checked."""
+    """A base with the changes of a retouch delta; its fingerprints of the base are checked.
 
-    def __init__(self, path: Path, base: Reader) -> None:
-        self.paths = [path, *base.paths]
+    Args:
+        name: Of the delta, for errors.
+        base: What it changes.
+        entries: Its entries.
+        aliases: Its further names of tied weights.
+        paths: Its files, if it has any.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        base: Reader,
+        entries: Mapping[str, Entry],
+        aliases: Mapping[str, str],
+        paths: Sequence[Path] = (),
+    ) -> None:
+        self.paths = [*paths, *base.paths]
         self.folder, self.base = base.folder, base
-        self._entries, config = deltafile.load(path)
-        # tied weights: whichever name the base has gets the change
-        for alias, name in (config.get("aliases") or {}).items():
-            if alias in base.names():
-                self._entries.setdefault(alias, self._entries[name])
-        self._path = path
+        self._entries, self._name = dict(entries), name
         known = set(base.names())
-        for name in list(self._entries):
-            if name not in known and self._entries[name].kind != "added":
-                others = [a for a, n in (config.get("aliases") or {}).items() if n == name]
+        # tied weights: whichever name the base has gets the change
+        for alias, first in aliases.items():
+            if alias in known:
+                self._entries.setdefault(alias, self._entries[first])
+        for own in list(self._entries):
+            if own not in known and self._entries[own].kind != "added":
+                others = [alias for alias, first in aliases.items() if first == own]
                 if not any(o in known for o in others):
                     raise BaseMismatchError(
-                        f"{path}: the base has no tensor {name}, which it changes"
+                        f"{name}: the base has no tensor {own}, which it changes"
                     )
-                del self._entries[name]
+                del self._entries[own]
+
+    @classmethod
+    def load(cls, path: Path, base: Reader) -> Self:
+        """The delta of a folder."""
+        entries, config = deltafile.load(path)
+        return cls(str(path), base, entries, config.get("aliases") or {}, [path])
 
     def names(self) -> list[str]:
         """See `Reader`."""
@@ -178,7 +199,7 @@ class DeltaReader:
         if entry is None:
             return self.base.read(name)
         if entry.kind == "removed":
-            raise FormatError(f"{self._path}: it removes {name}")
+            raise FormatError(f"{self._name}: it removes {name}")
         if entry.change is not None:
             base = self.base.read(name)
             self._check(name, entry, base)
@@ -209,12 +230,12 @@ class DeltaReader:
     def _check(self, name: str, entry: Entry, base: Tensor) -> None:
         if tuple(base.shape) != tuple(entry.shape) or base.dtype != entry.dtype:
             raise BaseMismatchError(
-                f"{self._path}: {name} is {entry.dtype} {tuple(entry.shape)}, but in the base it is "
+                f"{self._name}: {name} is {entry.dtype} {tuple(entry.shape)}, but in the base it is "
                 f"{base.dtype} {tuple(base.shape)}"
             )
         if entry.base_hash is not None and ops.fingerprint(base) != entry.base_hash:
             raise BaseMismatchError(
-                f"{self._path}: {name} of the base is not the one that the delta was made from"
+                f"{self._name}: {name} of the base is not the one that the delta was made from"
             )
 
 
@@ -394,7 +415,8 @@ def open_sources(plan: Plan) -> dict[str, Reader]:
         if source.base is None:
             raise FormatError(f"source {source.id!r} is a {source.kind}, but names no base")
         base = opened(plan.source(source.base), (*above, source.id))
-        out[source.id] = (DeltaReader if source.kind == "delta" else AdapterReader)(path, base)
+        is_delta = source.kind == "delta"
+        out[source.id] = DeltaReader.load(path, base) if is_delta else AdapterReader(path, base)
         return out[source.id]
 
     for source in plan.sources:

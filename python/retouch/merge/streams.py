@@ -100,13 +100,13 @@ class Streams:
         return low, high
 
     def draw(self) -> None:
-        """Makes the random choices now, one bit for each element: nothing draws them again.
+        """Makes the random choices now, one bit for each position from 0 on: nothing draws them again.
 
-        For streams of whole tensors; their stretches may have the bits of the whole.
+        Stretches may have the bits of the whole tensor.
         """
         for t, chance in enumerate(self.chances):
             if chance is not None:
-                words = -(-self.tensors[t].numel() // 64)
+                words = -(-(self.start + self.tensors[t].numel()) // 64)
                 bits = torch.empty(8 * words, dtype=torch.uint8)
                 _core.draw_(bits, *chance)
                 self.chances[t], self.drawn[t] = None, bits
