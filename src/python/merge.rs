@@ -209,15 +209,15 @@ fn draw_(py: Python<'_>, mut out: Tensor, seed: u64, name: &str, share: f32) -> 
     Ok(())
 }
 
-/// For each tensor: sum of magnitudes, and of the kept sum of magnitudes and of squares.
+/// For each tensor: sum of all magnitudes, and of the kept ones.
 #[pyfunction]
-fn sums(py: Python<'_>, given: Given) -> PyResult<Vec<(f64, f64, f64)>> {
+fn sums(py: Python<'_>, given: Given) -> PyResult<Vec<(f64, f64)>> {
     let threads = threads(py)?;
     let streams = given.streams()?;
     let models: Vec<&str> = given.models.iter().map(String::as_str).collect();
     let name = given.name.as_str();
     let all = py.allow_threads(|| blend::sums(threads, (name, &models), &streams))?;
-    Ok(all.into_iter().map(|s| (s.all, s.magnitude, s.square)).collect())
+    Ok(all.into_iter().map(|s| (s.all, s.magnitude)).collect())
 }
 
 /// All dot products, row by row.

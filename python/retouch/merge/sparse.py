@@ -183,7 +183,7 @@ class _Dare(Method):
             streams = self.choose(job)
             if job.room is None:
                 streams.draw()  # 1/8 byte an element: drawing costs as much as all the rest
-            scales = [a / kept if min(a, kept) >= 1e-7 else 1.0 for a, kept, _ in streams.sums()]
+            scales = [a / kept if min(a, kept) >= 1e-7 else 1.0 for a, kept in streams.sums()]
             return _Drawn(scales, streams)
         scales = [1.0 / (b or d) if (b or d) > 0 else 1.0 for d, b in zip(density, q, strict=True)]
         return _Drawn(scales)
@@ -269,7 +269,7 @@ class _Della(Method):
         for part in _parts(job):
             streams = Streams.of(part)
             streams.factors = self._factors(part)
-            for total, (all_, kept, _) in zip(totals, streams.sums(), strict=True):
+            for total, (all_, kept) in zip(totals, streams.sums(), strict=True):
                 total[0] += all_
                 total[1] += kept
         for all_, kept in totals:

@@ -111,8 +111,8 @@ class Streams:
                 _core.draw_(bits, *chance)
                 self.chances[t], self.drawn[t] = None, bits
 
-    def sums(self) -> list[tuple[float, float, float]]:
-        """Of each: sum of all magnitudes; of the kept ones magnitudes and squares."""
+    def sums(self) -> list[tuple[float, float]]:
+        """Of each: the sum of all magnitudes, and of those that are kept."""
         return _core.sums(self)
 
     def gram(self) -> Tensor:

@@ -48,7 +48,7 @@ class SCE(Method):
             mask = torch.zeros(n, dtype=torch.float32)
             mask[index.long()] = 1.0
             streams.factors = [mask.view(variance.shape)] * len(job.tensors)
-        energy = [square / max(n, 1) for *_, square in streams.sums()]
+        energy = [square / max(n, 1) for square in streams.gram().diagonal().tolist()]
         total = sum(energy)
         tiny = total < 1e-6
         streams.weights = [1 / len(energy) if tiny else e / total for e in energy]

@@ -17,18 +17,16 @@ pub struct Sums {
     pub all: f64,
     /// magnitudes of what is kept, scaled
     pub magnitude: f64,
-    /// squares of what is kept, scaled
-    pub square: f64,
 }
 
 #[inline(always)]
-fn total(d: &[f32], f: impl Fn(f64) -> f64) -> f64 {
+fn magnitudes(d: &[f32]) -> f64 {
     let mut lanes = [0.0; LANES];
     let (blocks, tail) = d.as_chunks::<LANES>();
     for block in blocks {
-        lanes.iter_mut().zip(block).for_each(|(l, x)| *l += f(f64::from(*x)));
+        lanes.iter_mut().zip(block).for_each(|(l, x)| *l += f64::from(x.abs()));
     }
-    lanes.iter_mut().zip(tail).for_each(|(l, x)| *l += f(f64::from(*x)));
+    lanes.iter_mut().zip(tail).for_each(|(l, x)| *l += f64::from(x.abs()));
     lanes.iter().sum()
 }
 
@@ -74,7 +72,6 @@ pub fn sums(
         for (o, p) in out.iter_mut().zip(part) {
             o.all += p.all;
             o.magnitude += p.magnitude;
-            o.square += p.square;
         }
     }
     Ok(out)
@@ -102,10 +99,9 @@ impl Loop for Add<'_> {
                 if streams.raw(t, at, base, d) {
                     return None;
                 }
-                sums.all += total(d, f64::abs);
+                sums.all += magnitudes(d);
                 streams.keep(isa, t, at, d);
-                sums.magnitude += total(d, f64::abs);
-                sums.square += total(d, |x| x * x);
+                sums.magnitude += magnitudes(d);
             }
         }
         Some(out)
