@@ -88,6 +88,19 @@ pub(crate) fn wide<L: Loop>(work: L) -> L::Output {
     work.run(Plain) // the target's baseline, such as NEON, is all there is
 }
 
+/// Asks for memory that will be read soon; does nothing where there is no such instruction.
+#[inline(always)]
+pub(crate) fn soon<T>(x: &[T]) {
+    #[cfg(target_arch = "x86_64")]
+    for line in x.chunks((64 / size_of::<T>()).max(1)) {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        // SAFETY: every x86-64 has the instruction, which reads nothing: no address makes it fail.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = x;
+}
+
 /// Whether a level may be used; tests forbid some.
 #[cfg(all(target_arch = "x86_64", not(test)))]
 fn allowed(_level: u8) -> bool {

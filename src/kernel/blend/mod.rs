@@ -16,7 +16,7 @@ pub use sums::{Sums, count_keys, gram, sums, value_of};
 
 use super::chunk::{CHUNK, install};
 use super::rng;
-use super::wide::{Isa, Loop, WORD, wide};
+use super::wide::{Isa, Loop, WORD, soon, wide};
 use crate::error::{Error, Result};
 use crate::num::Element;
 use crate::view::{View, ViewMut};
@@ -137,10 +137,18 @@ fn keep_bits(d: &mut [f32], word: impl Fn(usize) -> u64, bit: usize, scale: f32)
     }
 }
 
+/// Asks for the next tile while this one is at work: each begins a page of its own, where the processor
+/// does not look ahead by itself.
+#[inline(always)]
+fn ahead<T>(x: &[T], at: usize) {
+    soon(&x[(at + TILE).min(x.len())..(at + 2 * TILE).min(x.len())]);
+}
+
 /// Widens a stretch of a tensor.
 #[inline(always)]
 fn load(view: View<'_>, at: usize, out: &mut [f32]) {
     with_elements!(View, view, x => {
+        ahead(x, at);
         let x = &x[at..at + out.len()];
         out.iter_mut().zip(x).for_each(|(o, x)| *o = x.to_f32());
     });
@@ -186,6 +194,7 @@ impl Streams<'_> {
     fn raw(&self, t: usize, at: usize, base: &[f32], out: &mut [f32]) -> bool {
         let mut top = 0;
         with_elements!(View, self.streams[t].values, x => {
+            ahead(x, at);
             for ((o, b), x) in out.iter_mut().zip(base).zip(&x[at..]) {
                 *o = x.to_f32() - b; // of no base: x - 0 is x, also where x is -0
                 top = o.key_abs().max(top);
