@@ -54,8 +54,8 @@ pub(super) fn fill(seed: u64, stream: u64, first: usize, out: &mut [f32]) {
 /// 64 i on, as little-endian bytes.
 pub fn draw(threads: usize, seed: u64, stream: u64, share: f32, out: &mut [u8]) {
     let (out, _) = out.as_chunks_mut();
-    let work = Bits { first: 0, out };
-    each(threads, CHUNK / WORD, work, |bits| wide(Draw { seed, stream, share, bits }));
+    let work = Range { first: 0, out };
+    each(threads, CHUNK / WORD, work, |range| wide(Draw { seed, stream, share, range }));
 }
 
 /// The bits of the positions from `64 * word` on.
@@ -76,32 +76,17 @@ struct Draw<'a> {
     seed: u64,
     stream: u64,
     share: f32,
-    bits: Bits<'a>,
+    range: Range<'a, [u8; 8]>,
 }
 
 impl Loop for Draw<'_> {
     type Output = ();
     #[inline(always)]
     fn run(self, isa: impl Isa) {
-        let Draw { seed, stream, share, bits: Bits { first, out } } = self;
+        let Draw { seed, stream, share, range: Range { first, out } } = self;
         for (i, out) in out.iter_mut().enumerate() {
             *out = bits(isa, seed, stream, share, first + i).to_le_bytes();
         }
-    }
-}
-
-struct Bits<'a> {
-    first: usize,
-    out: &'a mut [[u8; 8]],
-}
-
-impl Divide for Bits<'_> {
-    fn len(&self) -> usize {
-        self.out.len()
-    }
-    fn divide(self, at: usize) -> (Self, Self) {
-        let (a, b) = self.out.split_at_mut(at);
-        (Bits { first: self.first, out: a }, Bits { first: self.first + at, out: b })
     }
 }
 
@@ -150,7 +135,7 @@ fn side_by_side(seed: u64, stream: u64, block: u64, words: &mut [[u32; 4]; LANES
 struct Fill<'a> {
     seed: u64,
     stream: u64,
-    range: Range<'a>,
+    range: Range<'a, f32>,
 }
 
 impl Loop for Fill<'_> {
@@ -161,12 +146,13 @@ impl Loop for Fill<'_> {
     }
 }
 
-struct Range<'a> {
+/// Numbers, or words of bits, from the `first` one of the stream on.
+struct Range<'a, T> {
     first: usize,
-    out: &'a mut [f32],
+    out: &'a mut [T],
 }
 
-impl Divide for Range<'_> {
+impl<T: Send> Divide for Range<'_, T> {
     fn len(&self) -> usize {
         self.out.len()
     }

@@ -148,6 +148,7 @@ def test_what_is_wrong_is_said(models):
         ([w, {"w": torch.ones(3, device="meta")}], {}, errors.EngineError, "without values"),
         ([w, {"w": torch.eye(3).to_sparse()}], {}, errors.EngineError, "only dense tensors"),
         ([w, {}], {}, errors.EngineError, "model 1 has no tensors"),
+        (["one/", "two/"], {}, errors.HyperparameterError, "is a path: retouch.merge merges"),
         ([w, 3], {}, errors.EngineError, "a model or a state dict"),
         ([w, w], {"method": "tis"}, errors.HyperparameterError, "ties"),
         ([w, w], {"method": "ties"}, errors.HyperparameterError, "needs a base"),

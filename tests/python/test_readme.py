@@ -34,24 +34,20 @@ def batches(count):
         yield {k: torch.stack([s[k] for s in samples[i : i + 4]]) for k in samples[0]}
 
 
-@pytest.fixture(scope="module")
-def names():
-    """What the blocks find: a model, batches, a dataset; they share what they define."""
-    return {"model": llama(), "batches": list(batches(6)), "dataset": tokens(64)}
-
-
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*")
-@pytest.mark.parametrize("number", range(len(PYTHON)))
-def test_code_runs(number, names, tmp_path, monkeypatch, capsys):
+def test_code_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    before = {n: p.detach().clone() for n, p in names["model"].named_parameters()}
-    exec(compile(PYTHON[number], f"README.md, block {number + 1}", "exec"), names)
-    if "save_pretrained" in PYTHON[number]:
-        delta = retouch.Delta.load(tmp_path / "my-delta")
-        assert delta.count > 0
-        assert {
-            n for n in delta if torch.equal(before[n], names["model"].get_parameter(n))
-        } == set()
+    # what the blocks find: a model, batches, a dataset; they share what they define, so they run in order
+    names = {"model": llama(), "batches": list(batches(6)), "dataset": tokens(64)}
+    for number, code in enumerate(PYTHON):
+        before = {n: p.detach().clone() for n, p in names["model"].named_parameters()}
+        exec(compile(code, f"README.md, block {number + 1}", "exec"), names)
+        if "save_pretrained" in code:
+            delta = retouch.Delta.load(tmp_path / "my-delta")
+            assert delta.count > 0
+            assert {
+                n for n in delta if torch.equal(before[n], names["model"].get_parameter(n))
+            } == set()
 
 
 def test_there_is_python_to_run():

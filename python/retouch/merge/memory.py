@@ -1,5 +1,6 @@
 """`merge_state_dicts`: models that are in memory become the tensors of one model."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -127,6 +128,8 @@ def merge_state_dicts(
     if base is not None:
         readers["base"] = TensorReader("the base", base)
     for name, value in pairs:
+        if isinstance(value, str | os.PathLike):
+            raise HyperparameterError(f"model {name} is a path: retouch.merge merges files")
         if not isinstance(value, Delta):
             readers[name] = TensorReader(f"model {name}", value)
         elif base is None:
