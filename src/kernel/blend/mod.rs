@@ -138,17 +138,19 @@ fn keep_bits(d: &mut [f32], word: impl Fn(usize) -> u64, bit: usize, scale: f32)
 }
 
 /// Asks for the next tile while this one is at work: each begins a page of its own, where the processor
-/// does not look ahead by itself.
+/// does not look ahead by itself. After less than a tile (a sample, a row) it may not be wanted.
 #[inline(always)]
-fn ahead<T>(x: &[T], at: usize) {
-    soon(&x[(at + TILE).min(x.len())..(at + 2 * TILE).min(x.len())]);
+fn ahead<T>(x: &[T], at: usize, n: usize) {
+    if n == TILE {
+        soon(&x[(at + TILE).min(x.len())..(at + 2 * TILE).min(x.len())]);
+    }
 }
 
 /// Widens a stretch of a tensor.
 #[inline(always)]
 fn load(view: View<'_>, at: usize, out: &mut [f32]) {
     with_elements!(View, view, x => {
-        ahead(x, at);
+        ahead(x, at, out.len());
         let x = &x[at..at + out.len()];
         out.iter_mut().zip(x).for_each(|(o, x)| *o = x.to_f32());
     });
@@ -194,7 +196,7 @@ impl Streams<'_> {
     fn raw(&self, t: usize, at: usize, base: &[f32], out: &mut [f32]) -> bool {
         let mut top = 0;
         with_elements!(View, self.streams[t].values, x => {
-            ahead(x, at);
+            ahead(x, at, out.len());
             for ((o, b), x) in out.iter_mut().zip(base).zip(&x[at..]) {
                 *o = x.to_f32() - b; // of no base: x - 0 is x, also where x is -0
                 top = o.key_abs().max(top);
